@@ -1,0 +1,16 @@
+"""The one error a user should see: what was given cannot be used, and what to do about it."""
+
+
+class InputError(ValueError):
+    """Something a user gave (a file, a flag, a name, a row) cannot be used.
+
+    Its message names the value, the place and the remedy. The commands print it on one line and
+    leave with status 2; every other exception is a bug and keeps its traceback.
+    """
+
+
+def refuse_all(problems: list[str], where: str) -> None:
+    """Raises one `InputError` that tells every problem found at `where`; returns if none was."""
+    if problems:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise InputError(f"{where}: " + "; ".join(shown))

@@ -1,0 +1,87 @@
+"""Files in and out: whole or not at all, hashed, and never outside the folder asked for."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import InputError
+
+
+def cache_folder() -> Path:
+    """Where fetched models and compiled programs are kept: $LORA_JAX_CACHE or ~/.cache/lora_jax."""
+    return Path(os.environ.get("LORA_JAX_CACHE") or Path.home() / ".cache" / "lora_jax")
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuses an output folder that already holds something, unless it may be overwritten."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists; choose another --out or pass --overwrite")
+
+
+@contextmanager
+def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` when the block ends well, and vanishes otherwise."""
+    refuse_existing(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole: readers see the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, whole; NaN has no place in JSON and is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; says where it breaks if it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise InputError(f"{path} must hold a JSON object; it holds a {type(value).__name__}")
+    return dict(value)
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, pattern: str = "*.safetensors") -> str:
+    """One sha256 over the matching files of a folder, by name and content."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        whole.update(f"{path.name} {sha256(path)}\n".encode())
+    return whole.hexdigest()

@@ -1,0 +1,133 @@
+"""Parameter-efficient modules as pytrees: what a layer gains, not how it is applied."""
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lora_jax.errors import InputError
+
+
+@struct.dataclass
+class LoRA:
+    """A low-rank addition to a projection: the kernel gains `scale * a @ b`.
+
+    Hu et al., "LoRA", section 4.1. `scale` is alpha / rank, or alpha / sqrt(rank) for rslora.
+    """
+
+    a: jax.Array  # (..., I, R)
+    b: jax.Array  # (..., R, O), zero at initialisation
+    scale: float = struct.field(pytree_node=False, default=1.0)
+
+
+@struct.dataclass
+class IA3:
+    """A rescaling of a projection's features by `1 + offset`.
+
+    Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning", section 3.3, stored as an offset from
+    one, so that zero is the identity and module arithmetic is plain arithmetic. `on` is "output",
+    or "input" for the feed-forward projection whose input PEFT rescales.
+    """
+
+    offset: jax.Array  # (..., F)
+    on: str = struct.field(pytree_node=False, default="output")
+
+
+@struct.dataclass
+class Experts:
+    """A library of LoRA modules at one projection, mixed token by token (Arrow).
+
+    Scales are folded into `b`. `mixing` is "outputs" (PEFT: mix the experts' outputs) or "factors"
+    (MTTL and the GenKnowSub code: mix `a` and `b`, then multiply).
+    """
+
+    a: jax.Array  # (..., M, I, R)
+    b: jax.Array  # (..., M, R, O)
+    prototypes: jax.Array  # (..., M, I), unit vectors
+    top_k: int = struct.field(pytree_node=False, default=3)
+    temperature: float = struct.field(pytree_node=False, default=1.0)
+    mixing: str = struct.field(pytree_node=False, default="outputs")
+
+
+Module = LoRA | IA3 | Experts
+Adapter = Mapping[str, Module]  # keyed by the projection's path in a layer: "self_attn.q_proj"
+
+# Which projections IA3 rescales in the Llama family, and on which side.
+# PEFT's layout, and the PEM paper's (keys, values and the intermediate activation).
+IA3_LAYOUTS = {
+    "peft": {"self_attn.k_proj": "output", "self_attn.v_proj": "output", "mlp.down_proj": "input"},
+    "pem": {"self_attn.k_proj": "output", "self_attn.v_proj": "output", "mlp.up_proj": "output"},
+}
+
+Shapes = Mapping[str, tuple[int, int]]  # a projection's path to its (in, out) sizes
+
+
+def resolve_targets(targets: Iterable[str], shapes: Shapes) -> list[str]:
+    """The paths in `shapes` that `targets` name, whole or by their last part, in table order."""
+    wanted = list(targets)
+    unknown = [t for t in wanted if not any(_names(t, path) for path in shapes)]
+    if unknown:
+        raise InputError(
+            f"unknown projection {', '.join(map(repr, unknown))}; "
+            f"this model has {', '.join(shapes)}"
+        )
+    return [path for path in shapes if any(_names(t, path) for t in wanted)]
+
+
+def _names(target: str, path: str) -> bool:
+    return path == target or path.endswith("." + target)
+
+
+def init_lora(
+    key: jax.Array,
+    shapes: Shapes,
+    layers: int,
+    *,
+    targets: Iterable[str],
+    rank: int,
+    alpha: float,
+    rslora: bool = False,
+) -> dict[str, LoRA]:
+    """A new LoRA on every target of every layer, in float32.
+
+    `a` is uniform within ±1/sqrt(in), as in PEFT; `b` is zero. A projection's draw depends on the
+    key and its path alone, so modules that share a seed share their initialisation whatever their
+    other targets (PEM, section 3, needs this).
+    """
+    if rank < 1:
+        raise InputError(f"rank must be at least 1; got {rank}")
+    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+
+    def one(path: str) -> LoRA:
+        fan_in, fan_out = shapes[path]
+        draw = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        bound = 1 / math.sqrt(fan_in)
+        a = jax.random.uniform(draw, (layers, fan_in, rank), jnp.float32, -bound, bound)
+        return LoRA(a, jnp.zeros((layers, rank, fan_out), jnp.float32), scale)
+
+    return {path: one(path) for path in resolve_targets(targets, shapes)}
+
+
+def init_ia3(shapes: Shapes, layers: int, *, layout: str = "peft") -> dict[str, IA3]:
+    """A new IA3 module, the identity, in PEFT's layout or the PEM paper's ("pem")."""
+    if layout not in IA3_LAYOUTS:
+        raise InputError(f"unknown IA3 layout {layout!r}; choose from {', '.join(IA3_LAYOUTS)}")
+    sides = IA3_LAYOUTS[layout]
+    paths = resolve_targets(sides, shapes)
+    size = {path: shapes[path][0 if sides[path] == "input" else 1] for path in paths}
+    return {p: IA3(jnp.zeros((layers, size[p]), jnp.float32), sides[p]) for p in paths}
+
+
+def describe(adapter: Adapter) -> str:
+    """A module in a few words: its kind, ranks, targets and the number of its parameters."""
+    if not adapter:
+        return "the base model (no module)"
+    kinds = " + ".join(sorted({type(m).__name__ for m in adapter.values()}))
+    ranks = sorted({m.a.shape[-1] for m in adapter.values() if isinstance(m, LoRA | Experts)})
+    rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+    count = sum(leaf.size for leaf in jax.tree.leaves(dict(adapter)))
+    targets = ", ".join(path.rsplit(".", 1)[-1] for path in adapter)
+    return f"{kinds}{rank} on {targets} ({count:,} parameters)"

@@ -1,0 +1,85 @@
+"""What the model families share: norms, rotary positions, attention masks, the key-value cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """x (..., D) over its root mean square, times a gain; the mean is taken in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * gain
+
+
+def rope_tables(positions: Array, width: int, base: float) -> tuple[Array, Array]:
+    """Cosines and sines (B, T, 1, C/2) of the rotary angles at `positions` (B, T)."""
+    frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
+    """x (B, T, heads, C) rotated by its position, in halves, as Hugging Face stores it."""
+    cos, sin = tables
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the positions already seen, in slots filled from the left.
+
+    A slot whose segment is 0 holds padding and is never attended to, so rows of unequal length
+    share a cache, and generated tokens follow in the slots after the longest row.
+    """
+
+    keys: Array  # (N, B, S, K, C)
+    values: Array  # (N, B, S, K, C)
+    segments: Array  # (B, S)
+    positions: Array  # (B, S)
+    used: Array  # (), slots filled
+
+
+def empty_cache(
+    layers: int, batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype
+) -> Cache:
+    """A cache of `slots` slots for `batch` rows, holding nothing."""
+    pages = jnp.zeros((layers, batch, slots, heads, width), dtype)
+    index = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(pages, pages, index, index, jnp.zeros((), jnp.int32))
+
+
+def put(pages: Array, new: Array, used: Array) -> Array:
+    """`pages` (B, S, ...) with `new` (B, T, ...) in the T slots from `used` on."""
+    start = (0, used) + (0,) * (pages.ndim - 2)
+    return jax.lax.dynamic_update_slice(pages, new.astype(pages.dtype), start)
+
+
+def attention_mask(
+    segments: Array,
+    positions: Array,
+    key_segments: Array,
+    key_positions: Array,
+    used: Array | int = 0,
+    window: int | None = None,
+) -> Array:
+    """Which key (B, 1, T, S) each query may see: earlier, of its own segment, within the window.
+
+    "Earlier" goes by slot: query t sits in slot used + t. Segment 0 is padding.
+    """
+    slots = used + jnp.arange(segments.shape[1])
+    earlier = slots[:, None] >= jnp.arange(key_segments.shape[1])
+    same = segments[:, :, None] == key_segments[:, None, :]
+    mask = earlier & same & (key_segments[:, None, :] > 0)
+    if window is not None:
+        mask &= positions[:, :, None] - key_positions[:, None, :] < window
+    return mask[:, None]
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Grouped-query attention: q (B, T, H, C) over k and v (B, S, K, C); softmax in float32."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)

@@ -1,0 +1,92 @@
+"""Weight tables: a family declares each weight once, and the rest is maps over that table.
+
+An entry says which axes a weight has here, its shape, and what a checkpoint calls it. Loading,
+saving, initialisation and shardings all read the same table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One weight of a base model; a "{n}" in `name` stands for the layer, the first axis here."""
+
+    axes: str  # a letter an axis, of the legend
+    shape: tuple[int, ...]
+    name: str
+    transposed: bool = False  # a checkpoint stores (out, in), we hold (in, out)
+    norm: bool = False  # a norm's gain: one at initialisation
+
+    def names(self) -> list[str]:
+        """What a checkpoint calls this weight: one name, or one a layer."""
+        if "{n}" not in self.name:
+            return [self.name]
+        return [self.name.replace("{n}", str(n)) for n in range(self.shape[0])]
+
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of each stored tensor."""
+        shape = self.shape[1:] if "{n}" in self.name else self.shape
+        return shape[::-1] if self.transposed else shape
+
+
+Table = Mapping[str, Leaf]  # keyed "embed", "layers.self_attn.q_proj": the path in the weights
+
+# Which mesh axis each weight axis is cut along. A layer is never cut: the scan walks it.
+MESH_AXES = {"D": "fsdp", "H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights' tree: top-level weights by name, and the layers' in one dict of paths."""
+    tree: dict[str, Any] = {"layers": {}}
+    for path, value in flat.items():
+        where, _, rest = path.partition(".")
+        if where == "layers":
+            tree["layers"][rest] = value
+        else:
+            tree[path] = value
+    return tree
+
+
+def flatten(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `nest`."""
+    return traverse_util.flatten_dict(dict(weights), sep=".")
+
+
+def init(key: jax.Array, table: Table, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random weights of the table's shapes: for tests and benchmarks, not for training a model."""
+
+    def one(index: int, leaf: Leaf) -> jax.Array:
+        if leaf.norm:
+            return jnp.ones(leaf.shape, dtype)
+        fan_in = leaf.shape[-2] if len(leaf.shape) > 1 and leaf.axes != "VD" else leaf.shape[-1]
+        draw = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.float32)
+        return (draw / np.sqrt(fan_in)).astype(dtype)
+
+    return nest({path: one(i, leaf) for i, (path, leaf) in enumerate(table.items())})
+
+
+def abstract(table: Table, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The weights' shapes without the weights."""
+    return nest({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in table.items()})
+
+
+def shardings(table: Table, mesh: Mesh) -> dict[str, Any]:
+    """How each weight lies on a mesh: cut along `MESH_AXES`, whole where the cut is uneven."""
+
+    def one(leaf: Leaf) -> NamedSharding:
+        cuts: list[str | None] = []
+        for letter, size in zip(leaf.axes, leaf.shape, strict=True):
+            axis = None if leaf.norm else MESH_AXES.get(letter)
+            fits = axis is not None and axis not in cuts and size % mesh.shape[axis] == 0
+            cuts.append(axis if fits else None)
+        return NamedSharding(mesh, PartitionSpec(*cuts))
+
+    return nest({path: one(leaf) for path, leaf in table.items()})
