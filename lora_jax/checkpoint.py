@@ -41,7 +41,7 @@ def load_weights(
         stored = _open(folder, stack)
         _audit(stored, table, folder, config.tied)
         flat = {
-            path: _place(_stack(stored, leaf), dtype, placed.get(path))
+            path: _place(_stack(stored, leaf, folder), dtype, placed.get(path))
             for path, leaf in table.items()
         }
     return nest(flat)
@@ -51,7 +51,10 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Every tensor name of the folder's safetensors files, with the open file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        paths = sorted({folder / Path(f).name for f in read_json(index)["weight_map"].values()})
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise InputError(f"{index} has no weight_map")
+        paths = sorted({folder / Path(str(file)).name for file in files.values()})
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -89,9 +92,12 @@ def _audit(stored: Mapping[str, Any], table: Table, folder: Path, tied: bool) ->
     refuse_all(problems, str(folder))
 
 
-def _stack(stored: Mapping[str, Any], leaf: Leaf) -> np.ndarray:
-    """One weight as we hold it: transposed if need be, its layers stacked."""
+def _stack(stored: Mapping[str, Any], leaf: Leaf, folder: Path) -> np.ndarray:
+    """One weight as we hold it: transposed if need be, its layers stacked; NaN is refused."""
     tensors = [stored[name].get_tensor(name) for name in leaf.names()]
+    whole = [np.isfinite(t).all() for t in tensors]
+    bad = [name for name, fine in zip(leaf.names(), whole, strict=True) if not fine]
+    refuse_all([f"{name} holds NaN or infinite values" for name in bad], str(folder))
     if leaf.transposed:
         tensors = [t.T for t in tensors]
     return np.stack(tensors) if "{n}" in leaf.name else tensors[0]

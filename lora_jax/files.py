@@ -19,7 +19,14 @@ def cache_folder() -> Path:
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuses an output folder that already holds something, unless it may be overwritten."""
+    """Refuses an output folder that already holds something, unless it may be overwritten.
+
+    A file, and the working directory or one above it, are never overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder")
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{folder} holds the working directory; choose another --out")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not overwrite:

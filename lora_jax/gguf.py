@@ -44,11 +44,14 @@ def convert(source: Path, folder: Path, progress: Progress = lambda done, total:
     if meta.get("general.architecture") != "llama":
         got = meta.get("general.architecture")
         raise InputError(f"{source}: architecture {got!r} is not supported (llama is)")
-    config = _config(meta, reader)
+    try:
+        config = _config(meta, reader)
+        _write_tokenizer(meta, folder, source)
+    except KeyError as error:
+        raise InputError(f"{source}: its metadata lacks {error}") from None
     tensors = dict(_tensors(reader, config, progress))
     write_json(folder / "config.json", models.config_to_huggingface(config) | _special_ids(meta))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(meta, folder, source)
 
 
 def _config(meta: dict[str, Any], reader: Any) -> models.Config:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_jax.errors import refuse_all
+from lora_jax.errors import InputError, refuse_all
 from lora_jax.modules import Adapter, Module
 from lora_jax.parts import (
     Cache,
@@ -57,10 +57,12 @@ def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") 
         problems.append(f"rope scaling {rope!r} is not supported yet")
     if raw.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
+    window = _window(raw)
+    if window is not None and kind == "qwen2" and raw.get("max_window_layers", 28) != 0:
+        problems.append("a sliding window on some layers only (max_window_layers) is not supported")
     refuse_all(problems, where)
     heads = raw["num_attention_heads"]
     bias = raw.get("attention_bias", False)
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", kind == "mistral") else None
     return Config(
         kind=kind,
         vocabulary=raw["vocab_size"],
@@ -79,6 +81,13 @@ def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") 
         mlp_bias=raw.get("mlp_bias", False),
         window=window,
     )
+
+
+def _window(raw: Mapping[str, Any]) -> int | None:
+    """The attention window, with transformers' defaults where the config is silent."""
+    if raw["model_type"] == "mistral":
+        return raw.get("sliding_window", 4096)
+    return raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
 
 
 _NEEDED = (
@@ -114,7 +123,7 @@ def config_to_huggingface(config: Config) -> dict[str, Any]:
     if config.kind == "llama":
         raw |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     if config.kind == "qwen2":
-        raw |= {"use_sliding_window": config.window is not None}
+        raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
     return raw
 
 
@@ -195,6 +204,7 @@ def forward(
     at every projection's input; what it returns comes back stacked over layers. `remat` recomputes
     a layer in the backward pass instead of keeping its activations.
     """
+    check_adapter(config, adapter)
     if segments is None:
         segments = jnp.ones_like(tokens)
     if positions is None:
@@ -219,10 +229,18 @@ def forward(
     return Output(hidden, cache, ys.get("observed"))
 
 
+def check_adapter(config: Config, adapter: Adapter) -> None:
+    """Refuses an adapter with a module that this model has no projection for."""
+    lost = [path for path in adapter if path not in projections(config)]
+    if lost:
+        known = ", ".join(projections(config))
+        raise InputError(f"no projection {', '.join(lost)} for a module; this model has {known}")
+
+
 def _next_positions(segments: Array, cache: Cache | None) -> Array:
     """Positions that count each row's own tokens, padding apart, on from what is cached."""
-    real = (segments > 0).astype(jnp.int32)
-    start = 0 if cache is None else jnp.sum(cache.segments > 0, axis=1, keepdims=True)
+    real = (segments != 0).astype(jnp.int32)
+    start = 0 if cache is None else jnp.sum(cache.segments != 0, axis=1, keepdims=True)
     return jnp.maximum(start + jnp.cumsum(real, axis=1) - 1, 0)
 
 

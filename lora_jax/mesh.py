@@ -45,11 +45,15 @@ def rows_multiple(mesh: Mesh | None) -> int:
 
 
 def put_batch(batch: Any, mesh: Mesh | None, axis: int = 0) -> Any:
-    """A batch on the devices, its rows (at `axis`) spread over the mesh."""
+    """A batch on the devices, its rows (at `axis`) spread over the mesh.
+
+    Every host holds the whole batch and gives its own devices their share.
+    """
     if mesh is None:
         return jax.tree.map(jax.device_put, batch)
-    spec = PartitionSpec(*(None,) * axis, ("data", "fsdp"))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(x)),
-        batch,
-    )
+    sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, ("data", "fsdp")))
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)

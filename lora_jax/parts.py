@@ -69,12 +69,14 @@ def attention_mask(
 ) -> Array:
     """Which key (B, 1, T, S) each query may see: earlier, of its own segment, within the window.
 
-    "Earlier" goes by slot: query t sits in slot used + t. Segment 0 is padding.
+    "Earlier" goes by slot: query t sits in slot used + t. Segment 0 is padding; a negative segment
+    is seen by every later one, so that several continuations can share a prefix.
     """
     slots = used + jnp.arange(segments.shape[1])
     earlier = slots[:, None] >= jnp.arange(key_segments.shape[1])
     same = segments[:, :, None] == key_segments[:, None, :]
-    mask = earlier & same & (key_segments[:, None, :] > 0)
+    shared = key_segments[:, None, :] < 0
+    mask = earlier & ((same & (key_segments[:, None, :] > 0)) | shared)
     if window is not None:
         mask &= positions[:, :, None] - key_positions[:, None, :] < window
     return mask[:, None]

@@ -38,6 +38,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "bias": ("none", None),
     "megatron_config": (None,),
+    "use_bdlora": (False, None),
+    "kasa_config": (None,),
+    # The other ways to start (pissa, olora, corda, loftq, lora_ga, mica) change the base too.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -60,6 +64,7 @@ def load_adapter(folder: Path, config: models.Config) -> dict[str, Module]:
     )
     tensors = _read_tensors(folder)
     found = _sort(tensors, config, folder)
+    refuse_all(_unfilled(settings, found), str(folder / WEIGHTS))
     build = _lora if kind == "LORA" else _ia3
     return build(found, settings, config, folder)
 
@@ -110,6 +115,25 @@ def _sort(tensors: Mapping[str, np.ndarray], config: models.Config, folder: Path
     return parts
 
 
+def _unfilled(settings: Mapping[str, Any], parts: list[_Part]) -> list[str]:
+    """The targets that the config names and no tensor fills."""
+    targets = settings.get("target_modules") or []
+    if isinstance(targets, str) or settings.get("exclude_modules"):
+        return []  # a pattern, or one with exceptions: what was stored is what was trained
+    names = {_full_name(part.path, part.layer) for part in parts}
+    lost = [t for t in targets if not any(_is_named(t, name) for name in names)]
+    return [f"target {t!r} has no tensor" for t in lost]
+
+
+def _full_name(path: str, layer: int) -> str:
+    return f"model.layers.{layer}.{path}"
+
+
+def _is_named(key: str, name: str) -> bool:
+    """Whether PEFT's suffix rule lets `key` name the module called `name`."""
+    return f".{name}".endswith(f".{key}")
+
+
 def _stems(config: models.Config) -> dict[str, tuple[int, str]]:
     """The checkpoint's name of every projection, without ".weight", to its layer and path."""
     table = models.table(config)
@@ -140,16 +164,20 @@ def _lora(parts: list[_Part], settings: Mapping[str, Any], config, folder) -> di
     a, b = (_by_path(parts, role, config, folder) for role in ("lora_A", "lora_B"))
     problems = [f"{path} lacks one of its factors" for path in a.keys() ^ b.keys()]
     sizes = models.projections(config)
+    rank_of = _setting(settings, "r", "rank_pattern", folder)
     for path in a.keys() & b.keys():
-        problems += _shape_problems(path, a[path], b[path], sizes[path])
+        ranks = [rank_of(path, layer) for layer in range(config.layers)]
+        problems += _shape_problems(path, a[path], b[path], sizes[path], ranks)
     refuse_all(problems, str(folder / WEIGHTS))
     scale_of = _scales(settings, folder)
     return {path: _one_lora(path, a[path], b[path], scale_of) for path in sizes if path in a}
 
 
-def _shape_problems(path: str, a: list, b: list, size: tuple[int, int]) -> list[str]:
+def _shape_problems(
+    path: str, a: list, b: list, size: tuple[int, int], ranks: list[float]
+) -> list[str]:
     problems = []
-    for n, (x, y) in enumerate(zip(a, b, strict=True)):
+    for n, (x, y, rank) in enumerate(zip(a, b, ranks, strict=True)):
         if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[1]:
             problems.append(f"layer {n} {path}: factors {x.shape} and {y.shape} do not meet")
         elif (x.shape[1], y.shape[0]) != size:
@@ -157,6 +185,8 @@ def _shape_problems(path: str, a: list, b: list, size: tuple[int, int]) -> list[
             problems.append(f"layer {n} {path} maps {got[0]} to {got[1]}, the base {size}")
         elif x.shape[0] < 1:
             problems.append(f"layer {n} {path} has rank 0")
+        elif x.shape[0] != rank:
+            problems.append(f"layer {n} {path} has rank {x.shape[0]}, the config says {rank}")
     return problems
 
 
@@ -174,35 +204,50 @@ def _one_lora(path: str, a: list[np.ndarray], b: list[np.ndarray], scale_of) -> 
 
 def _scales(settings: Mapping[str, Any], folder: Path):
     """A function from (path, layer, rank) to alpha / rank, as the config and its patterns say."""
-    patterns = settings.get("alpha_pattern") or {}
-    odd = [key for key in patterns if not re.fullmatch(r"[\w.]+", key)]
-    if odd:
-        raise InputError(f"{folder / CONFIG}: alpha_pattern key {odd[0]!r} is not a plain name")
+    alpha_of = _setting(settings, "lora_alpha", "alpha_pattern", folder)
     rslora = bool(settings.get("use_rslora"))
-    default = settings.get("lora_alpha")
-    if default is None:
-        raise InputError(f"{folder / CONFIG}: lora_alpha is missing")
 
     def scale(path: str, layer: int, rank: int) -> float:
-        name = f"model.layers.{layer}.{path}"
-        fits = (value for key, value in patterns.items() if f".{name}".endswith(f".{key}"))
-        alpha = next(fits, default)
+        alpha = alpha_of(path, layer)
         return alpha / math.sqrt(rank) if rslora else alpha / rank
 
     return scale
 
 
+def _setting(settings: Mapping[str, Any], key: str, pattern_key: str, folder: Path):
+    """A function from (path, layer) to a number of the config: the first pattern's or `key`'s."""
+    patterns = settings.get(pattern_key) or {}
+    odd = [name for name in patterns if not re.fullmatch(r"[\w.]+", name)]
+    if odd:
+        raise InputError(f"{folder / CONFIG}: {pattern_key} key {odd[0]!r} is not a plain name")
+    default = settings.get(key)
+    numbers = {key: default, **patterns}
+    bad = [f"{name} is {n!r}, not a number" for name, n in numbers.items() if not _is_number(n)]
+    refuse_all(bad, str(folder / CONFIG))
+
+    def value(path: str, layer: int) -> float:
+        name = _full_name(path, layer)
+        return next((v for k, v in patterns.items() if _is_named(k, name)), default)
+
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _ia3(parts: list[_Part], settings: Mapping[str, Any], config, folder) -> dict[str, Module]:
-    """IA3 modules: a stored scale l becomes the offset l - 1."""
+    """IA3 modules: a stored scale l becomes the offset l - 1.
+
+    PEFT stores it as a row where it rescales the input, as a column where the output.
+    """
     stored = _by_path(parts, "ia3_l", config, folder)
-    feedforward = settings.get("feedforward_modules") or []
     sizes, adapter, problems = models.projections(config), {}, []
     for path, values in stored.items():
-        last = path.rsplit(".", 1)[-1]
-        on = "input" if last in feedforward or path in feedforward else "output"
-        size = sizes[path][0 if on == "input" else 1]
-        if any(v.size != size for v in values):
-            problems.append(f"{path} rescales {values[0].size} features, the base has {size}")
+        on = "input" if values[0].shape[0] == 1 else "output"
+        shape = (1, sizes[path][0]) if on == "input" else (sizes[path][1], 1)
+        if any(v.shape != shape for v in values):
+            problems.append(f"{path} has ia3_l of shape {values[0].shape}, the base asks {shape}")
             continue
         adapter[path] = IA3(jnp.asarray(np.stack([v.reshape(-1) for v in values]) - 1), on)
     refuse_all(problems, str(folder / WEIGHTS))

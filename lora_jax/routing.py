@@ -27,9 +27,11 @@ def _kth_largest(logits: jax.Array, k: int) -> jax.Array:
     """The k-th largest of the last axis, kept; k passes of a maximum beat a sort for k so small."""
     if k > 8:
         return jax.lax.top_k(logits, k)[0][..., -1:]
-    floor = jnp.inf
-    for _ in range(k):
-        floor = jnp.max(logits, axis=-1, keepdims=True, where=logits < floor, initial=-jnp.inf)
+    floor = jnp.max(logits, axis=-1, keepdims=True)
+    for _ in range(k - 1):
+        below = jnp.max(logits, axis=-1, keepdims=True, where=logits < floor, initial=-jnp.inf)
+        ties = jnp.sum(logits >= floor, axis=-1, keepdims=True)
+        floor = jnp.where(ties < k, below, floor)
     return floor
 
 

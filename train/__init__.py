@@ -1,0 +1,1 @@
+"""Data to modules: task and general-knowledge training, resumable to the same bits."""

@@ -1,0 +1,104 @@
+"""Examples to batches: a pure function of the seed and the step, in a few fixed shapes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_jax.lengths import assign, choose_lengths
+from train.examples import Example
+from train.loss import Batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set is cut into batches: rows (of one or more packed examples) by length."""
+
+    examples: tuple[Example, ...]
+    rows: tuple[tuple[int, ...], ...]  # examples of each row
+    lengths: np.ndarray  # (rows,), the fixed length each row is filled to
+    scored: dict[int, int]  # for each length, the labels a row has room for
+    size: int  # rows a batch: forward rows times accumulation
+    accumulate: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in one pass over the data."""
+        return sum(-(-int((self.lengths == n).sum()) // self.size) for n in self.scored)
+
+
+def make_plan(
+    examples: list[Example], *, batch: int, accumulate: int, pack: int = 0, multiple: int = 1
+) -> Plan:
+    """A plan of batches of `batch` rows (rounded up to `multiple`), packed to `pack` tokens."""
+    sizes = [len(e.tokens) for e in examples]
+    rows = _packed(sizes, pack) if pack else [(i,) for i in range(len(examples))]
+    filled = [sum(sizes[i] for i in row) for row in rows]
+    lengths = assign(filled, choose_lengths(filled))
+    labels = np.asarray([sum(int(examples[i].learned.sum()) for i in row) for row in rows])
+    scored = {int(n): int(-(-labels[lengths == n].max() // 8) * 8) for n in np.unique(lengths)}
+    scored = {n: min(k, n) for n, k in scored.items()}
+    size = -(-batch // multiple) * multiple * accumulate
+    return Plan(tuple(examples), tuple(rows), lengths, scored, size, accumulate)
+
+
+def _packed(sizes: list[int], capacity: int) -> list[tuple[int, ...]]:
+    """Examples put together first fit, longest first, into rows of at most `capacity` tokens."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = next((n for n, left in enumerate(room) if left >= sizes[index]), None)
+        if fits is None:
+            rows.append([])
+            room.append(capacity)
+            fits = len(rows) - 1
+        rows[fits].append(index)
+        room[fits] -= sizes[index]
+    return [tuple(row) for row in rows]
+
+
+def epoch_batches(plan: Plan, seed: int, epoch: int) -> list[np.ndarray]:
+    """The row numbers of each batch of a pass, shuffled; a batch has rows of one length."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(plan.rows))
+    batches = []
+    for length in plan.scored:
+        chosen = order[plan.lengths[order] == length]
+        batches += [chosen[i : i + plan.size] for i in range(0, len(chosen), plan.size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def batches_from(plan: Plan, seed: int, step: int) -> Iterator[np.ndarray]:
+    """The row numbers of every batch from `step` on, without end."""
+    epoch, skip = divmod(step, plan.steps)
+    while True:
+        yield from epoch_batches(plan, seed, epoch)[skip:]
+        epoch, skip = epoch + 1, 0
+
+
+def assemble(plan: Plan, rows: np.ndarray) -> Batch:
+    """The arrays of a batch, (accumulate, rows, ...); rows that are missing are left empty."""
+    length = int(plan.lengths[rows[0]])
+    shape, room = (plan.size, length), (plan.size, plan.scored[length])
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    scored, targets = (np.zeros(room, np.int32) for _ in range(2))
+    weights = np.zeros(room, np.float32)
+    for slot, row in enumerate(rows):
+        parts = [plan.examples[i] for i in plan.rows[row]]
+        ids = np.concatenate([p.tokens for p in parts])
+        tokens[slot, : len(ids)] = ids
+        counts = [len(p.tokens) for p in parts]
+        segments[slot, : len(ids)] = np.repeat(np.arange(len(parts)) + 1, counts)
+        positions[slot, : len(ids)] = np.concatenate([np.arange(n) for n in counts])
+        at = np.flatnonzero(np.concatenate([p.learned for p in parts]))
+        scored[slot, : len(at)], targets[slot, : len(at)] = at - 1, ids[at]
+        weights[slot, : len(at)] = 1
+    batch = Batch(tokens, segments, positions, scored, targets, weights)
+    fold = (plan.accumulate, plan.size // plan.accumulate)
+    return Batch(**{n: getattr(batch, n).reshape(*fold, -1) for n in Batch.__dataclass_fields__})
+
+
+def places(plan: Plan, rows: np.ndarray) -> str:
+    """Where a batch's first rows came from, for error messages."""
+    names = [plan.examples[i].place for row in rows[:3] for i in plan.rows[row]]
+    return ", ".join(names[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")

@@ -1,0 +1,57 @@
+"""`lora-train`: reads the command line and calls `train.run`."""
+
+import sys
+from dataclasses import fields
+
+import tyro
+
+from lora_jax.errors import InputError
+from train.config import Config
+from train.presets import PRESETS, preset
+
+
+def parse(arguments: list[str]) -> Config:
+    """The run that the command line describes; a preset's settings are its defaults."""
+    name = _preset_name(arguments)
+    chosen = preset(name) if name else {}
+    defaults = {f.name: f.default for f in fields(Config)} | chosen | {"preset": name}
+    defaults |= {"data": (), "out": tyro.MISSING}
+    names = ", ".join(PRESETS)
+    return tyro.cli(
+        Config,
+        prog="lora-train",
+        description=f"{Config.__doc__}\n\nPresets with the papers' settings: {names}.",
+        args=arguments,
+        default=Config(**defaults),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _preset_name(arguments: list[str]) -> str:
+    """The value of --preset, which has to be known before the other defaults are."""
+    for index, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--preset":
+            return value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+    return ""
+
+
+def main() -> None:
+    """Trains a module; what cannot be used is told in one line, with status 2."""
+    try:
+        config = parse(sys.argv[1:])
+        from lora_jax import runtime
+
+        runtime.prepare()
+        from train.run import train
+
+        print(train(config))
+    except (InputError, OSError) as error:
+        sys.exit(_failed(f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(_failed("stopped; --resume goes on from the last checkpoint"))
+
+
+def _failed(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2

@@ -1,0 +1,119 @@
+"""What a training run is asked to do: this dataclass is the command line of `lora-train`."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lora_jax.errors import InputError, refuse_all
+
+Data = Annotated[tuple[str, ...], tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a LoRA or IA3 module on a frozen base model and writes it in PEFT's format."""
+
+    data: Data  # JSONL files, text files (.txt), or one hub data set as hub:NAME[:SPLIT]
+    out: Path  # folder of the adapter, its metrics, its loss curve and its checkpoints
+    base: str = "smollm2-135m"  # "smollm2-135m", a Hugging Face folder, a GGUF file, a hub id
+    preset: str = ""  # a paper's settings as defaults: see the names in train/presets.py
+
+    kind: Literal["lora", "ia3"] = "lora"  # kind of module
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # LoRA's projections
+    rank: int = 8  # LoRA's rank
+    alpha: float = 16.0  # LoRA's scale is alpha / rank
+    rslora: bool = False  # LoRA's scale is alpha / sqrt(rank) instead
+    dropout: float = 0.0  # on a LoRA's input, while training
+    ia3_layout: Literal["peft", "pem"] = "peft"  # which activations IA3 rescales
+    init_seed: int = 0  # modules to be composed should share their initialisation
+    start_from: Path | None = None  # an adapter to go on training instead of a new one
+
+    objective: Literal["task", "language-model", "next-tokens"] = "task"  # rows, or plain text
+    prompt: str = ""  # template over a row's fields, such as "Question: {question}\nAnswer:"
+    completion: str = ""  # template of what follows the prompt, such as " {answer}"
+    loss_on: Literal["completion", "all"] = "completion"  # which tokens of a row are learned
+    chat: bool = False  # put {prompt, completion} rows into the base's chat template
+    context: int = 507  # next-tokens: tokens given (GenKnowSub, section 3)
+    predict: int = 5  # next-tokens: tokens learned
+    length: int = 512  # longest row in tokens; longer rows are cut at their end
+    pack: bool = False  # fill rows with several texts, kept apart by segment
+    limit: int = 0  # use this many rows only, drawn by the seed (0: all)
+
+    epochs: float = 1.0  # passes over the data, unless steps says how far
+    steps: int = 0  # optimiser steps (0: by epochs)
+    batch: int = 8  # rows a forward pass
+    accumulate: int = 1  # forward passes an optimiser step
+    seed: int = 0  # order of the rows, split, dropout
+    optimizer_beta1: float = 0.9  # AdamW
+    optimizer_beta2: float = 0.999  # AdamW
+    optimizer_eps: float = 1e-8  # AdamW
+    learning_rate: float = 3e-4  # highest rate of the schedule
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    warmup: float = 0.03  # share of the steps over which the rate rises
+    weight_decay: float = 0.0  # AdamW's
+    clip: float = 1.0  # largest global norm of the gradient (0: any)
+    remat: bool = False  # recompute activations in the backward pass to save memory
+
+    validation: float = 0.1  # share of the rows held out to choose the best state (0: none)
+    validation_data: tuple[str, ...] = ()  # held-out files instead of a share
+    evaluate_every: int = 0  # steps between validations (0: ten in the run)
+    checkpoint_every: int = 100  # steps between checkpoints
+    resume: bool = False  # go on from the last checkpoint in the output folder
+    overwrite: bool = False  # replace an existing output folder
+
+    mesh_data: int = 1  # devices along the data axis (-1: all that the others leave)
+    mesh_fsdp: int = 1  # devices along which rows and weights are cut
+    mesh_tensor: int = 1  # devices along which heads and hidden features are cut
+
+
+def checked(config: Config) -> Config:
+    """The config, if every number in it makes sense; one error names all that do not."""
+    positive = ("rank", "length", "batch", "accumulate", "context", "predict", "alpha")
+    shares = ("dropout", "warmup", "validation")
+    whole = ("steps", "epochs", "limit", "learning_rate", "clip", "weight_decay")
+    value = {field.name: getattr(config, field.name) for field in fields(config)}
+    rules = [(n, value[n] > 0, "be positive") for n in positive]
+    rules += [(n, 0 <= value[n] < 1, "lie in [0, 1)") for n in shares]
+    rules += [
+        (n, value[n] >= 0, "not be negative")
+        for n in (*whole, "evaluate_every", "checkpoint_every")
+    ]
+    problems = [f"--{_flag(n)} must {rule}; got {value[n]}" for n, good, rule in rules if not good]
+    if not config.data:
+        problems.append("give at least one data file, or hub:NAME")
+    if config.resume and config.overwrite:
+        problems.append("--resume and --overwrite exclude each other")
+    if bool(config.prompt) != bool(config.completion):
+        problems.append("--prompt and --completion are templates that need each other")
+    refuse_all(problems, "lora-train")
+    return config
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+# What a resumed run may change without becoming another run.
+_FREE = {"resume", "overwrite", "checkpoint_every", "out", "mesh_data", "mesh_fsdp", "mesh_tensor"}
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The config as JSON values."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    paths = {name: str(v) for name, v in values.items() if isinstance(v, Path)}
+    lists = {name: list(v) for name, v in values.items() if isinstance(v, tuple)}
+    return values | paths | lists
+
+
+def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:
+    """Refuses to resume a run whose settings are not this one's, naming what differs."""
+    ours = as_json(config)
+    differ = [
+        f"--{_flag(k)} was {saved.get(k)!r}, is {v!r}"
+        for k, v in ours.items()
+        if k not in _FREE and saved.get(k) != v
+    ]
+    if differ:
+        raise InputError(f"{config.out} holds another run: " + "; ".join(differ))

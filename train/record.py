@@ -1,0 +1,67 @@
+"""What a run writes about itself: metrics.jsonl while it goes, a loss curve at its end."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lora_jax.files import write_text
+
+
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line to metrics.jsonl; a number that is not finite is written as null."""
+    plain = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drops the metrics of steps that a resumed run will take again."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def draw_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Writes the loss curve as a PNG: every step faint, a running mean, the validations as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    train = [(r["step"], r["loss"]) for r in metrics if r.get("loss") is not None]
+    held = [(r["step"], r["validation_loss"]) for r in metrics if "validation_loss" in r]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot(steps, _running_mean(losses), color="tab:blue", label="training, running mean")
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per learned token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _running_mean(losses: tuple[float, ...], decay: float = 0.9) -> list[float]:
+    """An exponential mean without the bias towards its start."""
+    total = weight = 0.0
+    means = []
+    for loss in losses:
+        total, weight = decay * total + loss, decay * weight + 1
+        means.append(total / weight)
+    return means

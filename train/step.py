@@ -1,0 +1,117 @@
+"""One optimiser step as a pure function, and the state it carries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from lora_jax import models
+from lora_jax.modules import Adapter
+from lora_jax.project import Dropout
+from train.config import Config
+from train.loss import Batch, batch_loss
+
+
+@struct.dataclass
+class State:
+    """Everything that a resumed run needs, besides its config and its data."""
+
+    step: jax.Array  # optimiser steps done
+    adapter: dict[str, Any]
+    optimizer: Any
+    best: dict[str, Any]  # the adapter of the lowest validation loss
+    best_loss: jax.Array  # nats a label; infinite before the first validation
+    failed: jax.Array  # a loss or gradient was not finite; the state is the one before it
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A run's compiled programs."""
+
+    start: Callable[[Adapter], State]
+    train: Callable[[Any, State, Batch], tuple[State, dict[str, jax.Array]]]
+    validate: Callable[[Any, Adapter, Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a global clip, on the run's schedule."""
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.optimizer_beta1,
+        b2=config.optimizer_beta2,
+        eps=config.optimizer_eps,
+        weight_decay=config.weight_decay,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+
+
+def make_schedule(config: Config, steps: int) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up, then cosine or linear to zero, or constant."""
+    rate, warm = config.learning_rate, round(config.warmup * steps)
+    rest = max(steps - warm, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+        "constant": optax.constant_schedule(rate),
+    }[config.schedule]
+    # A rate of zero would waste the first step, so the rise begins one step up.
+    rise = optax.linear_schedule(rate / max(warm, 1), rate, max(warm - 1, 1))
+    return optax.join_schedules([rise, after], [warm]) if warm else after
+
+
+def make_programs(config: Config, model: models.Config, steps: int) -> Programs:
+    """The programs of a run: start a state, take a step, validate."""
+    optimizer, schedule = make_optimizer(config, steps), make_schedule(config, steps)
+
+    def start(adapter: Adapter) -> State:
+        adapter = dict(adapter)
+        # The optimiser and the best adapter get buffers of their own, since steps donate them.
+        best = jax.tree.map(jnp.copy, adapter)
+        infinite, zero = jnp.asarray(jnp.inf), jnp.zeros((), jnp.int32)
+        return State(zero, adapter, optimizer.init(adapter), best, infinite, jnp.asarray(False))
+
+    def loss_and_slope(weights: Any, state: State, batch: Batch):
+        """The loss a label and its gradient, summed over the accumulated parts of a batch."""
+        labels = jnp.maximum(batch.weights.sum(), 1)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def part(total, xs):
+            index, piece = xs
+            dropout = Dropout(jax.random.fold_in(key, index), config.dropout)
+
+            def loss(adapter: Adapter) -> jax.Array:
+                chosen = dropout if config.dropout else None
+                summed = batch_loss(
+                    model, weights, adapter, piece, dropout=chosen, remat=config.remat
+                )
+                return summed / labels
+
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state.adapter)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapter))
+        if config.accumulate == 1:
+            return part(zero, (0, jax.tree.map(lambda x: x[0], batch)))[0]
+        return jax.lax.scan(part, zero, (jnp.arange(config.accumulate), batch))[0]
+
+    def train(weights: Any, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        loss, slope = loss_and_slope(weights, state, batch)
+        norm = optax.global_norm(slope)
+        failed = state.failed | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
+        update, moved = optimizer.update(slope, state.optimizer, state.adapter)
+        new = (optax.apply_updates(state.adapter, update), moved)
+        old = (state.adapter, state.optimizer)
+        adapter, inner = jax.tree.map(lambda n, o: jnp.where(failed, o, n), new, old)
+        step = state.step + jnp.where(failed, 0, 1)
+        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": schedule(state.step)}
+        return state.replace(step=step, adapter=adapter, optimizer=inner, failed=failed), metrics
+
+    def validate(weights: Any, adapter: Adapter, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The summed loss of a batch, and its number of labels."""
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        return batch_loss(model, weights, adapter, flat), flat.weights.sum()
+
+    return Programs(jax.jit(start), jax.jit(train, donate_argnums=1), jax.jit(validate))
