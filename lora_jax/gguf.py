@@ -127,7 +127,10 @@ def _write_tokenizer(meta: dict[str, Any], folder: Path, source: Path) -> None:
         raise InputError(f"{source}: its tokenizer ({pre!r}) is not supported (smollm, gpt-2 are)")
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    try:
+        tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(f"{source}: its tokenizer does not hold together ({error})") from None
     bytes_, digits = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(True)
     split = pre_tokenizers.Split(Regex(_LLAMA3), "isolated")
     parts = {"smollm": [digits, bytes_], "gpt-2": [bytes_]}.get(pre)

@@ -25,6 +25,9 @@ def unmerge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 def _change(weights: Mapping[str, Any], adapter: Adapter, sign: int) -> dict[str, Any]:
     layers = dict(weights["layers"])
+    lost = [path for path in adapter if path not in layers]
+    if lost:
+        raise InputError(f"this model has no projection {', '.join(lost)} for a module")
     for path, module in adapter.items():
         bias = layers.get(f"{path}.bias")
         layers[path], bias = _changed(path, layers[path], bias, module, sign)
@@ -45,4 +48,4 @@ def _changed(path: str, kernel: Any, bias: Any, module: Module, sign: int) -> tu
                 return (kernel * factor[:, :, None]).astype(kernel.dtype), bias
             scaled = (kernel * factor[:, None, :]).astype(kernel.dtype)
             return scaled, None if bias is None else (bias * factor).astype(bias.dtype)
-    raise InputError(f"{path}: a {type(module).__name__} cannot be merged into one kernel")
+    raise InputError(f"{path}: {type(module).__name__} cannot be merged into one kernel")

@@ -1,5 +1,6 @@
 """Examples to batches: a pure function of the seed and the step, in a few fixed shapes."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Plan:
     lengths: np.ndarray  # (rows,), the fixed length each row is filled to
     scored: dict[int, int]  # for each length, the labels a row has room for
     size: int  # rows a batch: forward rows times accumulation
+    slots: int  # places for them: more where a mesh's devices do not divide the rows
     accumulate: int
 
     @property
@@ -30,7 +32,11 @@ class Plan:
 def make_plan(
     examples: list[Example], *, batch: int, accumulate: int, pack: int = 0, multiple: int = 1
 ) -> Plan:
-    """A plan of batches of `batch` rows (rounded up to `multiple`), packed to `pack` tokens."""
+    """A plan of batches of `batch` rows a forward pass, packed to `pack` tokens.
+
+    The arrays have room for a multiple of `multiple` rows, so that a batch has the same rows on
+    any mesh.
+    """
     sizes = [len(e.tokens) for e in examples]
     rows = _packed(sizes, pack) if pack else [(i,) for i in range(len(examples))]
     filled = [sum(sizes[i] for i in row) for row in rows]
@@ -38,22 +44,25 @@ def make_plan(
     labels = np.asarray([sum(int(examples[i].learned.sum()) for i in row) for row in rows])
     scored = {int(n): int(-(-labels[lengths == n].max() // 8) * 8) for n in np.unique(lengths)}
     scored = {n: min(k, n) for n, k in scored.items()}
-    size = -(-batch // multiple) * multiple * accumulate
-    return Plan(tuple(examples), tuple(rows), lengths, scored, size, accumulate)
+    slots = -(-batch // multiple) * multiple * accumulate
+    return Plan(
+        tuple(examples), tuple(rows), lengths, scored, batch * accumulate, slots, accumulate
+    )
 
 
 def _packed(sizes: list[int], capacity: int) -> list[tuple[int, ...]]:
-    """Examples put together first fit, longest first, into rows of at most `capacity` tokens."""
+    """Examples put together, longest first, each in the fullest row of `capacity` that has room."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # the tokens left in each row, sorted
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = next((n for n, left in enumerate(room) if left >= sizes[index]), None)
-        if fits is None:
+        fits = bisect_left(room, (sizes[index], 0))
+        if fits == len(room):
             rows.append([])
-            room.append(capacity)
-            fits = len(rows) - 1
-        rows[fits].append(index)
-        room[fits] -= sizes[index]
+            left, row = capacity, len(rows) - 1
+        else:
+            left, row = room.pop(fits)
+        rows[row].append(index)
+        insort(room, (left - sizes[index], row))
     return [tuple(row) for row in rows]
 
 
@@ -79,7 +88,7 @@ def batches_from(plan: Plan, seed: int, step: int) -> Iterator[np.ndarray]:
 def assemble(plan: Plan, rows: np.ndarray) -> Batch:
     """The arrays of a batch, (accumulate, rows, ...); rows that are missing are left empty."""
     length = int(plan.lengths[rows[0]])
-    shape, room = (plan.size, length), (plan.size, plan.scored[length])
+    shape, room = (plan.slots, length), (plan.slots, plan.scored[length])
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     scored, targets = (np.zeros(room, np.int32) for _ in range(2))
     weights = np.zeros(room, np.float32)
@@ -94,7 +103,7 @@ def assemble(plan: Plan, rows: np.ndarray) -> Batch:
         scored[slot, : len(at)], targets[slot, : len(at)] = at - 1, ids[at]
         weights[slot, : len(at)] = 1
     batch = Batch(tokens, segments, positions, scored, targets, weights)
-    fold = (plan.accumulate, plan.size // plan.accumulate)
+    fold = (plan.accumulate, plan.slots // plan.accumulate)
     return Batch(**{n: getattr(batch, n).reshape(*fold, -1) for n in Batch.__dataclass_fields__})
 
 

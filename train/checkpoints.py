@@ -18,7 +18,8 @@ KEEP = 2  # the newest checkpoints; older ones are removed
 @contextmanager
 def open_checkpoints(folder: Path) -> Iterator[ocp.training.Checkpointer]:
     """The checkpoints of a run; leaving the block waits for the last write."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it narrates every write
+    # Orbax narrates every write there, and shows the traceback of what `Saver` tells in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     folder.mkdir(parents=True, exist_ok=True)
     checkpointer = ocp.training.Checkpointer(
         folder.absolute(),
@@ -64,9 +65,11 @@ def _told(step: int | None, checkpointer: ocp.training.Checkpointer) -> Iterator
         raise
     except Exception as error:  # Orbax lets through whatever the file system or tensorstore raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        whole = [c.step for c in checkpointer.checkpoints if c.step != step]
+        safe = f"the one of step {max(whole)} is whole" if whole else "there is none before it"
         raise InputError(
             f"could not write the checkpoint of step {step} in {checkpointer.directory}: "
-            f"{reason[:300]}; the checkpoints before it are whole: free some space and --resume"
+            f"{reason[:300]}; {safe}: free some space and --resume"
         ) from error
 
 

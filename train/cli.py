@@ -47,11 +47,11 @@ def main() -> None:
 
         print(train(config))
     except (InputError, OSError) as error:
-        sys.exit(_failed(f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.exit(_failed("stopped; --resume goes on from the last checkpoint"))
+        sys.exit(_told(f"error: {error}", 2))
+    except KeyboardInterrupt as stopped:
+        sys.exit(_told(str(stopped) or "stopped; a checkpoint, if there is one, can --resume", 130))
 
 
-def _failed(message: str) -> int:
+def _told(message: str, status: int) -> int:
     print(message, file=sys.stderr)
-    return 2
+    return status

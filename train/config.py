@@ -1,5 +1,6 @@
 """What a training run is asked to do: this dataclass is the command line of `lora-train`."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,7 +40,7 @@ class Config:
     predict: int = 5  # next-tokens: tokens learned
     length: int = 512  # longest row in tokens; longer rows are cut at their end
     pack: bool = False  # fill rows with several texts, kept apart by segment
-    limit: int = 0  # use this many rows only, drawn by the seed (0: all)
+    limit: int = 0  # use this many rows, or segments of plain text, drawn by the seed (0: all)
 
     epochs: float = 1.0  # passes over the data, unless steps says how far
     steps: int = 0  # optimiser steps (0: by epochs)
@@ -71,15 +72,18 @@ class Config:
 def checked(config: Config) -> Config:
     """The config, if every number in it makes sense; one error names all that do not."""
     positive = ("rank", "length", "batch", "accumulate", "context", "predict", "alpha")
-    shares = ("dropout", "warmup", "validation")
+    shares = ("dropout", "warmup", "validation", "optimizer_beta1", "optimizer_beta2")
     whole = ("steps", "epochs", "limit", "learning_rate", "clip", "weight_decay")
     value = {field.name: getattr(config, field.name) for field in fields(config)}
     rules = [(n, value[n] > 0, "be positive") for n in positive]
     rules += [(n, 0 <= value[n] < 1, "lie in [0, 1)") for n in shares]
     rules += [
         (n, value[n] >= 0, "not be negative")
-        for n in (*whole, "evaluate_every", "checkpoint_every")
+        for n in (*whole, "evaluate_every", "checkpoint_every", "optimizer_eps")
     ]
+    rules += [(n, 0 <= value[n] < 2**32, "lie in [0, 2**32)") for n in ("seed", "init_seed")]
+    numbers = [n for n in value if isinstance(value[n], float)]
+    rules += [(n, value[n] != math.inf, "be finite") for n in numbers]
     problems = [f"--{_flag(n)} must {rule}; got {value[n]}" for n, good, rule in rules if not good]
     if not config.data:
         problems.append("give at least one data file, or hub:NAME")

@@ -1,14 +1,14 @@
 """Rows to examples: token ids, and which of them are learned."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lora_jax.errors import InputError
-from lora_jax.tokens import Tokenizer, chat, encode
+from lora_jax.tokens import Tokenizer, encode
 from train.config import Config
+from train.pairs import pair
 from train.rows import Row, read_rows, read_texts
 
 
@@ -19,128 +19,105 @@ class Example:
     tokens: np.ndarray  # (T,) int32
     learned: np.ndarray  # (T,) bool
     place: str
+    cut: bool = False  # it was longer than the run's length
 
 
-def load_examples(config: Config, sources: tuple[str, ...], tokenizer: Tokenizer) -> list[Example]:
-    """The examples of a run's data, cut to its longest length."""
+@dataclass(frozen=True)
+class Loaded:
+    """The examples with something to learn, and how many rows fared otherwise."""
+
+    examples: tuple[Example, ...]
+    cut: int = 0  # rows longer than the run's length, which lost their end
+    lost: int = 0  # rows with nothing to learn, most because it lay beyond the cut
+
+
+def load_examples(
+    config: Config, sources: tuple[str, ...], tokenizer: Tokenizer, limit: int = 0
+) -> Loaded:
+    """The examples of some sources, cut to the run's length; at most `limit` if it is given."""
     if config.objective == "task":
-        examples = _tasks(read_rows(sources), config, tokenizer)
+        examples = _tasks(_drawn(read_rows(sources), config, limit), config, tokenizer)
     else:
-        examples = _segments(read_texts(sources), config, tokenizer, ", ".join(sources))
-    kept = [e for e in examples if e.learned.any()]
+        place = ", ".join(sources)
+        examples = _segments(read_texts(sources), config, tokenizer, place, limit)
+    kept = tuple(e for e in examples if e.learned.any())
     if not kept:
         raise InputError(
             f"{', '.join(sources)}: nothing is left to learn; every completion lies beyond "
             f"--length {config.length} or the text is shorter than one segment"
         )
-    return kept
+    return Loaded(kept, sum(e.cut for e in examples), len(examples) - len(kept))
+
+
+def _drawn(rows: list[Row], config: Config, limit: int) -> list[Row]:
+    """`limit` of the rows, drawn by the seed, in their order; all of them if it is 0."""
+    if not limit:
+        return rows
+    order = np.random.default_rng((config.seed, 1)).permutation(len(rows))
+    return [rows[i] for i in sorted(order[:limit])]
 
 
 def _tasks(rows: list[Row], config: Config, tokenizer: Tokenizer) -> list[Example]:
     """Prompt and completion of each row; the loss is on the completion, or on everything."""
-    pairs = [_pair(row, config, tokenizer) for row in rows]
-    texts = tokenizer(
-        [prompt + completion for prompt, completion in pairs],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-    )
-    bos = _bos(tokenizer, pairs[0][0])
+    pairs = [pair(row, config, tokenizer) for row in rows]
+    whole = [prompt + completion for prompt, completion in pairs]
+    texts = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    bos = _bos(tokenizer)
     examples = []
-    for row, (prompt, _), ids, spans in zip(
-        rows, pairs, texts["input_ids"], texts["offset_mapping"], strict=True
+    for row, (prompt, _), text, ids, spans in zip(
+        rows, pairs, whole, texts["input_ids"], texts["offset_mapping"], strict=True
     ):
+        start = [] if bos and text.startswith(tokenizer.bos_token) else bos
         ends = np.asarray([end for _, end in spans], np.int32)
         learned = np.ones(len(ids), bool) if config.loss_on == "all" else ends > len(prompt)
-        examples.append(_example(bos + ids, np.r_[[False] * len(bos), learned], config, row.place))
+        learned = np.r_[np.zeros(len(start), bool), learned]
+        examples.append(_example(start + ids, learned, config.length, row.place))
     return examples
 
 
-def _bos(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The beginning-of-text token, if the tokenizer would add one and the text has none."""
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    """The beginning-of-text token, if the tokenizer puts one before a text."""
     ids = tokenizer("a")["input_ids"]
-    adds = bool(ids) and ids[0] == tokenizer.bos_token_id
-    return [ids[0]] if adds and not text.startswith(tokenizer.bos_token) else []
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def _example(ids: list[int], learned: np.ndarray, config: Config, place: str) -> Example:
-    mask = np.array(learned[: config.length], bool)
+def _example(ids: list[int], learned: np.ndarray, length: int, place: str) -> Example:
+    mask = np.array(learned[:length], bool)
     mask[:1] = False  # nothing predicts the first token
-    return Example(np.asarray(ids[: config.length], np.int32), mask, place)
+    return Example(np.asarray(ids[:length], np.int32), mask, place, cut=len(ids) > length)
 
 
-def _pair(row: Row, config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
-    """A row's prompt and completion as text, from whichever of the three forms it has."""
-    fields = row.fields
-    if config.prompt:
-        prompt, completion = (_fill(t, row) for t in (config.prompt, config.completion))
-    elif isinstance(fields.get("messages"), list):
-        return _conversation(fields["messages"], row, tokenizer)
-    elif {"prompt", "completion"} <= fields.keys():
-        prompt, completion = str(fields["prompt"]), str(fields["completion"])
-    else:
-        raise InputError(
-            f"{row.place}: a row needs {{prompt, completion}} or {{messages}}, or pass the "
-            f"templates --prompt and --completion; it has {', '.join(fields) or 'no fields'}"
-        )
-    if config.chat:
-        turns = [{"role": "user", "content": prompt}]
-        return _replied(turns, completion.strip(), tokenizer)
-    return prompt, completion + (tokenizer.eos_token or "")
-
-
-def _fill(template: str, row: Row) -> str:
-    """A template with the row's fields put in; {answer} is the choice that `label` names."""
-    try:
-        return template.format_map(_Fields(row.fields))
-    except KeyError as error:
-        raise InputError(
-            f"{row.place}: the template needs a field {error}; the row has {', '.join(row.fields)}"
-        ) from None
-    except (IndexError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{row.place}: the template {template!r} does not fit: {error}") from None
-
-
-class _Fields(dict):
-    """A row's fields for a template, with `answer` as the choice that `label` names."""
-
-    def __missing__(self, key: str) -> Any:
-        if key == "answer" and "choices" in self and "label" in self:
-            return self["choices"][self["label"]]
-        raise KeyError(key)
-
-
-def _conversation(messages: list[Any], row: Row, tokenizer: Tokenizer) -> tuple[str, str]:
-    """All but the last message as the prompt; the last, the assistant's, as the completion."""
-    fine = all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages)
-    if not messages or not fine or messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{row.place}: messages must be {{role, content}} objects that end with the assistant's"
-        )
-    return _replied(messages[:-1], messages[-1]["content"], tokenizer)
-
-
-def _replied(turns: list[Any], reply: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Turns and a reply in the chat template, cut where the reply begins."""
-    prompt = chat(tokenizer, turns, open_reply=True)
-    whole = chat(tokenizer, [*turns, {"role": "assistant", "content": reply}])
-    if not whole.startswith(prompt):
-        raise InputError("this chat template rewrites earlier turns; loss on the reply is unclear")
-    return prompt, whole[len(prompt) :]
-
-
-def _segments(texts: list[str], config: Config, tokenizer: Tokenizer, place: str) -> list[Example]:
-    """Plain text in segments of equal length, end to end.
+def _segments(
+    texts: list[str], config: Config, tokenizer: Tokenizer, place: str, limit: int
+) -> list[Example]:
+    """Plain text in segments, end to end; at most `limit` of them if it is given.
 
     "next-tokens" is GenKnowSub's objective (section 3): a context, and the loss on the few tokens
-    after it. "language-model" learns every token.
+    after it (or on all of them, as its released code has it); what is left over at the end is no
+    segment. "language-model" learns every token.
+    """
+    few = config.objective == "next-tokens"
+    size = config.context + config.predict if few else config.length
+    stream = _stream(texts, tokenizer, limit * size, config.seed)
+    first = config.context if few and config.loss_on == "completion" else 1
+    learned = np.arange(size) >= first
+    starts = range(0, len(stream) - (size - 1 if few else 1), size)
+    pieces = [stream[start : start + size] for start in starts][: limit or None]
+    return [Example(p, learned[: len(p)], f"{place} segment {n}") for n, p in enumerate(pieces)]
+
+
+def _stream(texts: Sequence[str], tokenizer: Tokenizer, enough: int, seed: int) -> np.ndarray:
+    """The token ids of all texts, each closed by the end-of-text token.
+
+    If `enough` is given, only so many are made, from a text that the seed draws, on past the end.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = np.asarray([i for ids in encode(tokenizer, texts) for i in (*ids, *end)], np.int32)
-    few = config.objective == "next-tokens"
-    size = config.context + config.predict if few else min(config.length, len(stream))
-    learned = np.arange(size) >= (config.context if few else 1)
-    count = len(stream) // max(size, 1)
-    return [
-        Example(stream[n * size : (n + 1) * size], learned, f"{place} segment {n}")
-        for n in range(count)
-    ]
+    first = int(np.random.default_rng((seed, 1)).integers(len(texts))) if enough else 0
+    order = [*texts[first:], *texts[:first]]
+    stream: list[int] = []
+    for block in range(0, len(order), 256):
+        for ids in encode(tokenizer, order[block : block + 256]):
+            stream += (*ids, *end)
+        if enough and len(stream) >= enough:
+            break
+    return np.asarray(stream, np.int32)

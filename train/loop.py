@@ -1,5 +1,6 @@
 """The training loop: dispatch steps, watch them from one step behind, validate, checkpoint."""
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Run:
     mesh: Mesh | None
     metrics: Path
     saver: Saver | None
+    stop: threading.Event  # set when the run is asked to stop
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def fit(run: Run, state: State, progress: Progress, task: TaskID) -> State:
     """The state after the run's last step; metrics and checkpoints are written on the way.
 
     A step's numbers are read only when the next is under way, so the device never waits for them.
-    A loss that is not finite stops the run with the state before it kept.
+    A loss that is not finite stops the run, with the state before it kept; a request to stop does
+    so after the step under way.
     """
     first = int(state.step)
     batches = batches_from(run.plan, run.config.seed, first)
@@ -63,9 +66,12 @@ def fit(run: Run, state: State, progress: Progress, task: TaskID) -> State:
         if flying is not None:
             since = _land(run, flying, since, state, progress, task)
         flying = Flight(step + 1, metrics, rows, tokens)
-        if _due(step + 1, run):
+        stopping = run.stop.is_set() and step + 1 < run.steps
+        if stopping or _due(step + 1, run):
             _land(run, flying, since, state, progress, task)
             state, flying, since = _pause(run, state), None, time.perf_counter()
+        if stopping:
+            _interrupt(run, state)
     return state
 
 
@@ -86,6 +92,11 @@ def _pause(run: Run, state: State) -> State:
     if _validates(step, run):
         loss = validation_loss(run, state.adapter)
         append_metrics(run.metrics, {"step": step, "validation_loss": loss})
+        if not np.isfinite(loss):
+            raise InputError(
+                f"the validation after step {step} gave loss {loss}; the checkpoints before it are "
+                f"kept; try a lower --learning-rate"
+            )
         if loss < float(state.best_loss):
             best = jax.tree.map(lambda x: x.copy(), state.adapter)
             placed = jax.device_put(np.asarray(loss, np.float32), state.best_loss.sharding)
@@ -131,10 +142,22 @@ def _land(
     return now
 
 
-def _stop(run: Run, flight: Flight, state: State, values: dict[str, float]) -> None:
+def _keep(run: Run, state: State) -> bool:
+    """Whether the state is on disk: it is once this returns, if the run keeps checkpoints."""
     if run.saver is not None:
-        run.saver.save(state)  # frozen at the last finite step by the step itself
+        run.saver.save(state)
         run.saver.wait()
+    return run.saver is not None
+
+
+def _interrupt(run: Run, state: State) -> None:
+    kept = _keep(run, state)
+    fate = "--resume goes on from there" if kept else "nothing is kept, as --checkpoint-every is 0"
+    raise KeyboardInterrupt(f"stopped after step {int(state.step)}; {fate}")
+
+
+def _stop(run: Run, flight: Flight, state: State, values: dict[str, float]) -> None:
+    _keep(run, state.replace(failed=state.failed & False))  # frozen at the last finite step
     raise InputError(
         f"step {flight.step} gave loss {values['loss']} and gradient norm "
         f"{values['gradient_norm']}; its batch begins with {places(run.plan, flight.rows)}; the "

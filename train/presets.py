@@ -32,6 +32,7 @@ _PEM = {
     "schedule": "linear",
     "warmup": 0.06,
     "length": 128,
+    "evaluate_every": 100,
     "init_seed": 42,
     "seed": 42,
 }
@@ -40,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Task modules: the whole chat-formatted text is learned, one row at a time, 16 a step.
     "genknowsub-task": _GENKNOWSUB
     | {"chat": True, "loss_on": "all", "clip": 2.0, "batch": 1, "accumulate": 16, "epochs": 1.0},
-    # General modules: 507 words of context, the next 5 learned, 256 a step, 17 steps.
+    # General modules: 507 tokens of context, the next 5 learned, 256 a step, 17 steps.
     "genknowsub-general": _GENKNOWSUB
     | {
         "objective": "next-tokens",

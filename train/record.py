@@ -1,11 +1,37 @@
-"""What a run writes about itself: metrics.jsonl while it goes, a loss curve at its end."""
+"""What a run tells of itself: notes, metrics.jsonl, a loss curve, what its result rests on."""
 
 import json
 import math
+import platform
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files import write_text
+from rich.console import Console
+
+from lora_jax import __version__
+from lora_jax.bases import Base
+from lora_jax.files import sha256, write_text
+from train.config import Config
+
+
+def say(text: str) -> None:
+    """Writes a note of one line to standard error."""
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
+def provenance(config: Config, base: Base) -> dict[str, Any]:
+    """What a result rests on: the base's and the data's hashes, versions, the command."""
+    files = [p for p in (*config.data, *config.validation_data) if not p.startswith("hub:")]
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    python = {"python": platform.python_version(), "lora_jax": __version__}
+    return {
+        "base_sha256": base.digest,
+        "data_sha256": {path: sha256(Path(path).expanduser()) for path in files},
+        "versions": python | {p: version(p) for p in packages},
+        "command": sys.argv,
+    }
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
@@ -36,14 +62,12 @@ def forget_after(path: Path, step: int) -> None:
 
 def draw_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     """Writes the loss curve as a PNG: every step faint, a running mean, the validations as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # its import takes half a second
 
     train = [(r["step"], r["loss"]) for r in metrics if r.get("loss") is not None]
     held = [(r["step"], r["validation_loss"]) for r in metrics if "validation_loss" in r]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
@@ -52,9 +76,9 @@ def draw_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per learned token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or held:
+        axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _running_mean(losses: tuple[float, ...], decay: float = 0.9) -> list[float]:

@@ -32,7 +32,7 @@ def _read(source: str) -> Iterator[Row]:
     path = _existing(source)
     if path.suffix == ".txt":
         raise InputError(f"{path} is plain text; use --objective language-model or next-tokens")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(_lines(file, path), 1):
             if line.strip():
                 yield Row(_object(line, f"{path} line {number}"), f"{path} line {number}")
@@ -41,7 +41,7 @@ def _read(source: str) -> Iterator[Row]:
 def _existing(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
-        raise InputError(f"{path} does not exist; give a .jsonl or .txt file, or hub:NAME")
+        raise InputError(f"{path} is not a file; give a .jsonl or .txt file, or hub:NAME")
     return path
 
 
@@ -82,7 +82,7 @@ def read_texts(sources: Iterable[str]) -> list[str]:
     for source in sources:
         if Path(source).suffix == ".txt":
             path = _existing(source)
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 texts += [line.strip() for line in _lines(file, path) if line.strip()]
         else:
             texts += [_text(row) for row in _read(source)]

@@ -71,7 +71,8 @@ def make_programs(config: Config, model: models.Config, steps: int) -> Programs:
         adapter = dict(adapter)
         # The optimiser and the best adapter get buffers of their own, since steps donate them.
         best = jax.tree.map(jnp.copy, adapter)
-        infinite, zero = jnp.asarray(jnp.inf), jnp.zeros((), jnp.int32)
+        # Typed outright: a weak type would compile the step anew once a typed loss replaces it.
+        infinite, zero = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
         return State(zero, adapter, optimizer.init(adapter), best, infinite, jnp.asarray(False))
 
     def loss_and_slope(weights: Any, state: State, batch: Batch):
@@ -99,7 +100,7 @@ def make_programs(config: Config, model: models.Config, steps: int) -> Programs:
 
     def train(weights: Any, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         loss, slope = loss_and_slope(weights, state, batch)
-        norm = optax.global_norm(slope)
+        norm = optax.tree.norm(slope)
         failed = state.failed | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
         update, moved = optimizer.update(slope, state.optimizer, state.adapter)
         new = (optax.apply_updates(state.adapter, update), moved)

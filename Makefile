@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up .venv and do everything; the rest is for developers.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+MARKS ?= not slow and not parity
+
+.PHONY: demo test lint parity bench clean
+
+demo: .venv/ready
+	$(BIN)/python -m scripts.demo $(ARGS)
+
+test: .venv/ready-test
+	$(BIN)/python -m pytest -m "$(MARKS)" $(ARGS)
+
+lint: .venv/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+parity: .venv/ready-parity
+	$(BIN)/python -m pytest tests/parity -m parity $(ARGS)
+
+bench: .venv/ready-parity
+	$(BIN)/python -m scripts.benchmark_training
+	$(BIN)/python -m scripts.benchmark_arrow
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/ready: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) "."
+	touch $@
+
+.venv/ready-test: .venv/ready
+	$(INSTALL) ".[test]"
+	touch $@
+
+.venv/ready-parity: .venv/ready-test
+	$(INSTALL) ".[test,parity]"
+	touch $@
+
+clean:
+	rm -rf .venv out

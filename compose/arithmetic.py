@@ -1,0 +1,145 @@
+"""Addition, averages, negation, analogy and detoxification of modules, in two spaces.
+
+Zhang et al., "Composing Parameter-Efficient Modules with Arithmetic Operations" (PEM). A missing
+projection is the zero module, and an empty adapter is zero everywhere. IA3 is stored as an offset
+from one, so its sums are sums of offsets, in either space alike. Weights may be traced.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+
+from compose.align import by_projection, common_rank, common_scale
+from compose.lowrank import concat
+from lora_jax.errors import InputError
+from lora_jax.modules import IA3, Adapter, LoRA, Module
+
+Space = Literal["delta", "factor"]
+Weight = float | jax.Array
+Weights = Sequence[Weight] | jax.Array
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Weights, *, space: Space) -> Adapter:
+    """Σ wᵢ mᵢ in the named space; see `delta_sum` and `factor_sum`."""
+    match space:
+        case "delta":
+            return delta_sum(adapters, weights)
+        case "factor":
+            return factor_sum(adapters, weights)
+    raise InputError(f"unknown space {space!r}; choose delta or factor")
+
+
+def delta_sum(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
+    """The adapter whose delta is Σ wᵢ sᵢ aᵢbᵢ, exactly; ranks add up, weights go into b."""
+
+    def add(modules: list[LoRA], weights: list[Weight]) -> LoRA:
+        pairs = zip(modules, weights, strict=True)
+        return concat([module.replace(b=_times(w, module.b)) for module, w in pairs])
+
+    return _sum(adapters, weights, add)
+
+
+def factor_sum(
+    adapters: Sequence[Adapter], weights: Weights, *, sign: Literal["a", "b", "ab"] = "b"
+) -> Adapter:
+    """The papers' sum, tensor by tensor: a = Σ wᵢaᵢ and b = Σ wᵢbᵢ, cross terms included.
+
+    `sign` says which factor bears a negative weight's sign, the other being weighed by |w|: "b" as
+    in PEM's negation, "a" as in its Alpaca-LoRA experiment, "ab" as in GenKnowSub and LoRAHub,
+    where a lone negated module is itself again. So 0.5·m has a quarter of m's delta, and -0.5·m
+    minus a quarter (PEM) or plus a quarter ("ab"). Unequal scales are first folded into b.
+    """
+
+    def add(modules: list[LoRA], weights: list[Weight]) -> LoRA:
+        modules = common_rank(common_scale(modules))
+        sizes = [abs(w) for w in weights]
+        a = _total(weights if "a" in sign else sizes, [module.a for module in modules])
+        b = _total(weights if "b" in sign else sizes, [module.b for module in modules])
+        return LoRA(a, b, modules[0].scale)
+
+    return _sum(adapters, weights, add)
+
+
+Add = Callable[[list[LoRA], list[Weight]], LoRA]
+
+
+def _sum(adapters: Sequence[Adapter], weights: Weights, add: Add) -> Adapter:
+    """A weighted sum, projection by projection; `add` joins the LoRA modules of one."""
+    if len(adapters) != len(weights):
+        raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
+    result = {}
+    for path, modules in by_projection(adapters).items():
+        present = [(m, w) for m, w in zip(modules, weights, strict=True) if m is not None]
+        result[path] = _add(path, [m for m, _ in present], [w for _, w in present], add)
+    return result
+
+
+def _add(path: str, modules: list[Module], weights: list[Weight], add: Add) -> Module:
+    match modules[0]:
+        case LoRA():
+            return add(modules, weights)
+        case IA3(on=on):
+            return IA3(_total(weights, [module.offset for module in modules]), on)
+    raise InputError(f"{path}: routed experts cannot be summed; combine the library's modules")
+
+
+def _total(weights: list[Weight], tensors: list[jax.Array]) -> jax.Array:
+    """Σ wᵢ xᵢ, each term in its tensor's own type, so that one tensor at weight 1 is itself."""
+    first, *rest = map(_times, weights, tensors)
+    return sum(rest, first)
+
+
+def _times(weight: Weight, x: jax.Array) -> jax.Array:
+    return (weight * x).astype(x.dtype)
+
+
+def average(
+    adapters: Sequence[Adapter], weights: Weights | None = None, *, space: Space
+) -> Adapter:
+    """The sum with weights divided by their total (PEM, section 3.1); all alike by default."""
+    if not len(adapters):
+        raise InputError("the average of no modules is undefined; give at least one")
+    weights = [1.0] * len(adapters) if weights is None else weights
+    total = sum(weights)
+    return weighted_sum(adapters, [w / total for w in weights], space=space)
+
+
+def scale(adapter: Adapter, weight: Weight, *, space: Space) -> Adapter:
+    """w·m in the named space: a delta w times as large, or |w|·a and w·b (a delta of w|w|)."""
+    return weighted_sum([adapter], [weight], space=space)
+
+
+def negate(adapter: Adapter, strength: Weight = 1.0) -> Adapter:
+    """-λ times the module's delta, in either space: b becomes -λb; IA3's l becomes 1 - λ(l - 1).
+
+    PEM, section 3.2, and its scaled unlearning. Negating both factors would change nothing.
+    """
+    return delta_sum([adapter], [-strength])
+
+
+def subtract(x: Adapter, y: Adapter, *, space: Space) -> Adapter:
+    """x ⊖ y; in factor space that is PEM's x ⊕ (⊖y): the a's are added and only b is subtracted."""
+    return weighted_sum([x, y], [1.0, -1.0], space=space)
+
+
+def analogy(
+    task: Adapter, target: Adapter, source: Adapter, weight: Weight, *, space: Space
+) -> Adapter:
+    """PEM's domain transfer (section 3.3): λ·task ⊕ (1-λ)·(target ⊖ source).
+
+    `task` was trained on the source domain; `target` and `source` model each domain's language.
+    In factor space a = λa₁ + (1-λ)a₂ + (1-λ)a₃ and b = λb₁ + (1-λ)b₂ - (1-λ)b₃.
+    """
+    return weighted_sum([task, target, source], [weight, 1 - weight, weight - 1], space=space)
+
+
+def detox(instructed: Adapter, toxic: Adapter, strength: Weight, *, space: Space) -> Adapter:
+    """PEM's Alpaca-LoRA formula (section 4.6): θ ⊕ c·(θ ⊖ toxic), toxic trained on from θ.
+
+    In factor space it is a that bears the minus: a + c(a - a'), b + c(b + b').
+    """
+    adapters, weights = [instructed, toxic], [1 + strength, -strength]
+    if space == "factor":
+        return factor_sum(adapters, weights, sign="a")
+    return weighted_sum(adapters, weights, space=space)

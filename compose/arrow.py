@@ -1,0 +1,125 @@
+"""Arrow: routing over a library with no training, by what each module amplifies most.
+
+Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs", section 3.2.
+`lora_jax.routing` applies what is built here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compose.align import fold_scale
+from compose.library import Library, Routing, stack
+from compose.lowrank import svd
+from lora_jax import models
+from lora_jax.errors import InputError
+from lora_jax.modules import Adapter, Experts, LoRA, Module
+from lora_jax.routing import route
+
+Array = jax.Array
+MIXINGS = ("outputs", "factors")
+
+
+def prototypes(a: Array, b: Array) -> Array:
+    """The unit input directions (..., I) that the deltas a·b amplify most; zero for a zero delta.
+
+    The top left singular vector, exact, by QR of the factors; its largest entry is positive.
+    """
+    u, s, _ = svd(LoRA(a, b))
+    return jnp.where(s[..., :1] > 0, u[..., 0], 0)
+
+
+def refuse_routing(routing: Routing, count: int) -> None:
+    """Refuses settings by which `count` modules cannot be routed."""
+    if not 1 <= routing.top_k <= count:
+        raise InputError(
+            f"top_k must lie between 1 and the library's {count} modules; got {routing.top_k}"
+        )
+    if not routing.temperature > 0:
+        raise InputError(f"temperature must be above 0; got {routing.temperature}")
+    if routing.mixing not in MIXINGS:
+        raise InputError(f"unknown mixing {routing.mixing!r}; choose {' or '.join(MIXINGS)}")
+
+
+def route_library(
+    library: Library, *, top_k: int = 3, temperature: float = 1.0, mixing: str = "outputs"
+) -> dict[str, Experts]:
+    """One adapter that routes each token, at each projection, over the library's modules.
+
+    Leaves are (N, M, ...). `mixing` is "outputs" (PEFT) or "factors" (MTTL, GenKnowSub's code).
+    """
+    refuse_routing(Routing(top_k, temperature, mixing), len(library.names))
+
+    def experts(path: str, module: Module) -> Experts:
+        if not isinstance(module, LoRA):
+            kind = type(module).__name__
+            raise InputError(f"{path}: Arrow routes LoRA modules; this library holds {kind}")
+        a, b = (jnp.swapaxes(x, 0, 1) for x in (module.a, fold_scale(module).b))
+        return Experts(a, b, prototypes(a, b), top_k, temperature, mixing)
+
+    return {path: experts(path, module) for path, module in stack(library.adapters).items()}
+
+
+def applied(value: Adapter | Library) -> Adapter:
+    """The adapter that a forward pass takes: itself, or a library routed as its settings say."""
+    if not isinstance(value, Library):
+        return value
+    if value.routing is None:
+        raise InputError(
+            f"a library of {len(value.names)} modules is not one module; write arrow() or mean()"
+        )
+    return route_library(value, **dataclasses.asdict(value.routing))
+
+
+def observe_routing(mask: Array):
+    """An `observe` for `models.forward` that gives each projection's routing, over real tokens.
+
+    `mask` (B, T) is true at real tokens. Gives {"share": (M,), the mean weight of each module,
+    "entropy": (), the mean entropy of a token's weights in nats}; nothing where nothing is routed.
+    """
+
+    def observe(path: str, module: Module | None, x: Array) -> dict[str, Array]:
+        if not isinstance(module, Experts):
+            return {}
+        weights = route(x, module.prototypes, module.top_k, module.temperature)
+        entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+        return {
+            "share": jnp.mean(weights, axis=(0, 1), where=mask[..., None]),
+            "entropy": jnp.mean(entropy, where=mask),
+        }
+
+    return observe
+
+
+def routing_statistics(
+    config: models.Config,
+    weights: Mapping[str, Any],
+    adapter: Adapter,
+    tokens: Array,
+    segments: Array | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """How a batch (B, T) is routed, by projection and layer; padding (segment 0) does not count.
+
+    Each routed projection has "share" (N, M), the mean weight of each module; "entropy" (N,), of a
+    token's weights, in nats; and "relative_entropy", in units of its bound log(top_k).
+    """
+    segments = jnp.ones_like(tokens) if segments is None else segments
+    observed = jax.device_get(_observed(config, weights, adapter, tokens, segments))
+    result = {path: dict(found) for path, found in observed.items() if found}
+    for path, found in result.items():
+        bound = np.log(adapter[path].top_k)
+        found["relative_entropy"] = found["entropy"] / bound if bound else found["entropy"]
+    return result
+
+
+@partial(jax.jit, static_argnames="config")
+def _observed(config, weights, adapter, tokens, segments):
+    look = observe_routing(segments > 0)
+    return models.forward(
+        config, weights, adapter, tokens, segments=segments, observe=look
+    ).observed

@@ -1,0 +1,95 @@
+"""What `lora-compose` does once its arguments are read."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from compose import provenance, summary
+from compose.cli import Command
+from compose.expression import refuse_rank, resolve
+from compose.folder import save_library
+from compose.geometry import recompress_members
+from compose.inputs import base_name, load_input
+from compose.library import Library
+from compose.syntax import NAME, names, refuse_unknown
+from lora_jax import bases, checkpoint, models, peft
+from lora_jax.errors import InputError
+from lora_jax.files import refuse_existing
+from lora_jax.runtime import prepare
+
+DEFAULT_BASE = "smollm2-135m"
+
+
+def run(command: Command) -> None:
+    """Composes, saves the result with its provenance, and prints what came out."""
+    refuse_existing(command.out, command.overwrite)
+    folders = _folders(command.inputs)
+    refuse_unknown(command.expression, folders)
+    if command.rank is not None:
+        refuse_rank(command.space, command.rank)
+    used = {name: folders[name] for name in folders if name in names(command.expression)}
+    prepare()
+    base, config = _base(command.base, used)
+    inputs = {name: load_input(folder, config) for name, folder in used.items()}
+    result, errors = resolve(command.expression, inputs, space=command.space), {}
+    if command.rank is not None:
+        result, errors = recompress_members(result, command.rank)
+    record = provenance.record(
+        command.expression,
+        used,
+        space=command.space,
+        rank=command.rank,
+        base_name=base,
+        errors=errors,
+    )
+    save = save_library if isinstance(result, Library) else peft.save_adapter
+    extra = {provenance.FILE: record}
+    save(
+        command.out,
+        result,
+        config,
+        base_name=base,
+        extra=extra,
+        overwrite=command.overwrite,
+    )
+    _print(inputs, result, errors)
+    print(command.out)
+
+
+def _folders(given: tuple[str, ...]) -> dict[str, Path]:
+    """The inputs' folders by name."""
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder or not NAME.fullmatch(name):
+            raise InputError(
+                f"{text!r} is not NAME=FOLDER; a name is letters, digits, _ and ., no digit first"
+            )
+        if name in folders:
+            raise InputError(f"the input {name!r} is given twice; give each name one folder")
+        folders[name] = Path(folder).expanduser()
+    return folders
+
+
+def _base(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.Config]:
+    """The base model's name and config: the one asked for, or else the one the inputs name."""
+    if given is not None:
+        return given, checkpoint.read_config(bases.locate(given))
+    for name in dict.fromkeys(base_name(folder) for folder in folders.values()):
+        if not name:
+            continue
+        try:
+            return name, checkpoint.read_config(bases.locate(name))
+        except InputError as error:
+            note = f"note: the inputs' base model is out of reach ({error})"
+            print(f"{note}; taking {DEFAULT_BASE}, or say --base", file=sys.stderr)
+    return DEFAULT_BASE, checkpoint.read_config(bases.locate(DEFAULT_BASE))
+
+
+def _print(inputs, result, errors) -> None:
+    console = Console(highlight=False)
+    console.print(summary.sizes(inputs, result, errors))
+    if (cosines := summary.cosines(inputs)) is not None:
+        console.print(cosines)

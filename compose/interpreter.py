@@ -1,0 +1,168 @@
+"""What the tree of an expression stands for: numbers, modules and libraries."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lark import Token, Tree
+
+from compose import arithmetic
+from compose.arithmetic import Space
+from compose.functions import FUNCTIONS
+from compose.library import Library, each
+from compose.syntax import ExpressionError, pointed
+from lora_jax.errors import InputError
+from lora_jax.modules import Adapter
+
+Inputs = Mapping[str, Adapter | Library]
+Value = float | Adapter | Library
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What an expression is evaluated against."""
+
+    text: str
+    inputs: Inputs
+    space: Space
+
+    def error(self, node: Tree | Token, message: str) -> ExpressionError:
+        place = node.meta.start_pos if isinstance(node, Tree) else node.start_pos
+        return pointed(self.text, place, message)
+
+
+def value_of(node: Tree, scope: Scope) -> Value:
+    """What a node stands for; an error in what it does points at it."""
+    try:
+        match node.data:
+            case "number":
+                return _literal(node.children[0], scope)
+            case "name":
+                return scope.inputs[node.children[0]]
+            case "negative":
+                return _scaled(value_of(node.children[1], scope), -1.0, scope)
+            case "product":
+                return _product(node, scope)
+            case "sum":
+                return _sum(node, scope)
+        return _call(node, scope)
+    except ExpressionError:
+        raise
+    except InputError as error:
+        raise scope.error(node, str(error)) from None
+
+
+def _literal(token: Token, scope: Scope) -> float:
+    if not math.isfinite(float(token)):
+        raise scope.error(token, f"{token} is too large a number")
+    return float(token)
+
+
+def module_of(node: Tree, scope: Scope) -> Adapter | Library:
+    value = value_of(node, scope)
+    if isinstance(value, float):
+        raise scope.error(node, f"a module is wanted here; this is the number {value:g}")
+    return value
+
+
+def _number(node: Tree | Token, scope: Scope) -> float:
+    match node:
+        case Tree():
+            value = value_of(node, scope)
+        case Token(type="NUMBER"):
+            value = _literal(node, scope)
+        case _:
+            value = None
+    if not isinstance(value, float):
+        raise scope.error(node, "a number is wanted here")
+    return value
+
+
+def _scaled(value: Value, weight: float, scope: Scope) -> Value:
+    if isinstance(value, float):
+        return weight * value
+    return each(lambda m: arithmetic.scale(m, weight, space=scope.space), value)
+
+
+def _sum(node: Tree, scope: Scope) -> Value:
+    """Terms added and subtracted, in one weighted sum."""
+    terms, signs = node.children[::2], node.children[1::2]
+    weights = [1.0] + [-1.0 if sign.type == "MINUS" else 1.0 for sign in signs]
+    values = [value_of(term, scope) for term in terms]
+    if all(isinstance(value, float) for value in values):
+        return sum(w * v for w, v in zip(weights, values, strict=True))
+    for term, value in zip(terms, values, strict=True):
+        if isinstance(value, float):
+            raise scope.error(term, f"the number {value:g} cannot be added to a module")
+    return each(lambda *m: arithmetic.weighted_sum(m, weights, space=scope.space), *values)
+
+
+def _product(node: Tree, scope: Scope) -> Value:
+    """Numbers multiplied and divided, and at most one module among them."""
+    value = value_of(node.children[0], scope)
+    for operator, operand in zip(node.children[1::2], node.children[2::2], strict=True):
+        other = value_of(operand, scope)
+        if operator.type == "OVER":
+            if not isinstance(other, float):
+                raise scope.error(operand, "nothing can be divided by a module")
+            if other == 0:
+                raise scope.error(operand, "division by zero")
+            other = 1 / other
+        if not isinstance(other, float):
+            value, other = other, value
+        if not isinstance(other, float):
+            raise scope.error(operator, "two modules cannot be multiplied")
+        value = _scaled(value, other, scope)
+    return value
+
+
+def _call(node: Tree, scope: Scope) -> Value:
+    """A function applied: its arguments bound as Python binds them, then evaluated."""
+    name, *arguments = node.children
+    if name not in FUNCTIONS:
+        raise scope.error(name, f"unknown function {str(name)!r}; there are {', '.join(FUNCTIONS)}")
+    keywords = {str(n.children[0]): n.children[1] for n in arguments if n.data == "keyword"}
+    positional = [n for n in arguments if n.data != "keyword"]
+    shown = {p: v for p, v in inspect.signature(FUNCTIONS[name]).parameters.items() if p != "space"}
+    signature = inspect.Signature(list(shown.values()))
+    try:
+        bound = signature.bind(*positional, **keywords)
+    except TypeError as error:
+        raise scope.error(name, f"{_usage(name, signature)}: {error}") from None
+    for key, given in bound.arguments.items():
+        bound.arguments[key] = _argument(shown[key], given, scope)
+    return FUNCTIONS[name](*bound.args, **bound.kwargs, space=scope.space)
+
+
+def _usage(name: str, signature: inspect.Signature) -> str:
+    """A function as a user would write it: "gks(task, general, strength=1.0)"."""
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return f"{name}{inspect.Signature(plain)}"
+
+
+def _argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> Any:
+    """An argument as its parameter wants it: a number, a word, a module, or libraries."""
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        return tuple(_members(node, scope) for node in given)
+    if parameter.annotation is str:
+        return str(given)
+    if parameter.annotation in (int, float):
+        value = _number(given, scope)
+        if parameter.annotation is int and value != int(value):
+            raise scope.error(given, f"{parameter.name} must be a whole number; got {value:g}")
+        return parameter.annotation(value)
+    if isinstance(given, Token):
+        raise scope.error(given, f"{parameter.name} is a module: give it by position")
+    return module_of(given, scope)
+
+
+def _members(node: Tree, scope: Scope) -> Library:
+    """A library as it is, or a module as a library of one that bears its text as its name."""
+    value = module_of(node, scope)
+    if isinstance(value, Library):
+        return value
+    text = scope.text[node.meta.start_pos : node.meta.end_pos]
+    return Library((re.sub(r"[^\w.]+", "_", text).strip("._")[:60] or "module",), (value,))

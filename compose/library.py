@@ -1,0 +1,83 @@
+"""Libraries: several modules of one base model, by name; and adapters stacked along an axis M."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from compose.align import by_projection, common_rank, common_scale
+from lora_jax.errors import InputError
+from lora_jax.modules import Adapter, LoRA, Module
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How Arrow is to route over a library; see `compose.arrow.route_library`."""
+
+    top_k: int = 3
+    temperature: float = 1.0
+    mixing: str = "outputs"
+
+
+@struct.dataclass
+class Library:
+    """Named modules of one base model, and how to route over them if they are to be routed."""
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    adapters: tuple[Adapter, ...]
+    routing: Routing | None = struct.field(pytree_node=False, default=None)
+
+    def map(self, function: Callable[[Adapter], Adapter]) -> "Library":
+        """The library with `function` applied to each of its modules."""
+        return self.replace(adapters=tuple(map(function, self.adapters)))
+
+
+def join(libraries: Sequence[Library]) -> Library:
+    """One library of all their modules, unrouted; a name already taken gets a number."""
+    names: list[str] = []
+    for name in (name for library in libraries for name in library.names):
+        copies = (f"{name}_{n}" for n in range(2, len(names) + 3))
+        names.append(name if name not in names else next(c for c in copies if c not in names))
+    adapters = (adapter for library in libraries for adapter in library.adapters)
+    return Library(tuple(names), tuple(adapters))
+
+
+def each(function: Callable[..., Adapter], *values: Adapter | Library) -> Adapter | Library:
+    """`function` of adapters; where one value is a library, of each of its modules in turn."""
+    libraries = [value for value in values if isinstance(value, Library)]
+    if not libraries:
+        return function(*values)
+    if len(libraries) > 1:
+        raise InputError(
+            "two libraries cannot be combined; take the mean() of one, or the library() of both"
+        )
+    return libraries[0].map(
+        lambda member: function(*(member if isinstance(v, Library) else v for v in values))
+    )
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with an axis M in front of every leaf: (M, N, ...).
+
+    Ranks are padded with zeros to the largest, unequal scales folded into b, and a projection that
+    a module leaves alone gets zeros. No member's delta changes.
+    """
+    table = by_projection(adapters)
+    return {path: _stack_modules(modules) for path, modules in table.items()}
+
+
+def _stack_modules(modules: list[Module | None]) -> Module:
+    present = [module for module in modules if module is not None]
+    if isinstance(present[0], LoRA):
+        present = common_rank(common_scale(present))
+    zero, ready = jax.tree.map(jnp.zeros_like, present[0]), iter(present)
+    filled = [zero if module is None else next(ready) for module in modules]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
+
+
+def unstack(stacked: Adapter) -> list[Adapter]:
+    """The adapters along the axis M of a stacked one."""
+    leaves, form = jax.tree.flatten(stacked)
+    return [jax.tree.unflatten(form, members) for members in zip(*leaves, strict=True)]

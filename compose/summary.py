@@ -1,0 +1,74 @@
+"""What was composed, as tables: how large each module is, and how alike the inputs are."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.table import Table
+
+from compose.geometry import cosine, norm
+from compose.library import Library
+from compose.provenance import Errors
+from lora_jax.errors import InputError
+from lora_jax.modules import Adapter, describe
+
+MANY = 8  # modules whose cosines still fit on a screen
+
+Named = tuple[str, Adapter]
+
+
+def members(name: str, value: Adapter | Library) -> list[Named]:
+    """A module under its name, or a library's modules under theirs."""
+    if not isinstance(value, Library):
+        return [(name, value)]
+    names = (f"{name}.{member}" for member in value.names)
+    return list(zip(names, value.adapters, strict=True))
+
+
+def sizes(inputs: Mapping[str, Adapter | Library], result: Adapter | Library, errors: Errors):
+    """A table of every module's kind and norm, and what recompression cost the result."""
+    table = Table("module", "what it is", caption=_caption(result))
+    table.add_column("norm", justify="right")
+    table.add_column("lost to rank", justify="right")
+    for name, adapter in _all_members(inputs):
+        table.add_row(name, describe(adapter), f"{float(norm(adapter)):.4g}", "")
+    table.add_section()
+    lost = [_lost(by_path) for by_path in errors.values()]
+    rows = members("result", result)
+    for (name, adapter), loss in zip(rows, lost or [""] * len(rows), strict=True):
+        table.add_row(name, describe(adapter), f"{float(norm(adapter)):.4g}", loss)
+    return table
+
+
+def _all_members(inputs: Mapping[str, Adapter | Library]) -> list[Named]:
+    return [row for name, value in inputs.items() for row in members(name, value)]
+
+
+def _caption(result: Adapter | Library) -> str | None:
+    if not isinstance(result, Library) or result.routing is None:
+        return None
+    r = result.routing
+    return f"routed by Arrow: top {r.top_k}, temperature {r.temperature:g}, mixing {r.mixing}"
+
+
+def _lost(by_path: Mapping[str, Sequence[float]]) -> str:
+    """The mean and the largest relative truncation error over layers and projections."""
+    flat = np.concatenate([np.ravel(error) for error in by_path.values()] or [np.zeros(1)])
+    return f"{flat.mean():.2%} (at most {flat.max():.2%})"
+
+
+def cosines(inputs: Mapping[str, Adapter | Library]) -> Table | None:
+    """A table of the cosine between every two inputs; None for one input or too many."""
+    rows = _all_members(inputs)
+    if not 2 <= len(rows) <= MANY:
+        return None
+    table = Table("cosine", *(name for name, _ in rows))
+    for n, (name, adapter) in enumerate(rows):
+        table.add_row(name, *(_cosine(adapter, other) for _, other in rows[: n + 1]))
+    return table
+
+
+def _cosine(x: Adapter, y: Adapter) -> str:
+    try:
+        return f"{float(cosine(x, y)):+.3f}"
+    except InputError:  # of two kinds: nothing to compare
+        return "-"

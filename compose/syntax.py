@@ -1,0 +1,80 @@
+"""The text of an expression to its tree: "chat - 0.4*toxic", "arrow(gks(lib, wiki), top_k=2)"."""
+
+import re
+from collections.abc import Collection
+from functools import cache
+
+from lark import Lark, Tree
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput
+
+from lora_jax.errors import InputError
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+GRAMMAR = rf"""
+    ?sum: product ((PLUS | MINUS) product)*
+    ?product: unary ((TIMES | OVER) unary)*
+    ?unary: MINUS unary -> negative
+        | atom
+    ?atom: NUMBER -> number
+        | NAME -> name
+        | NAME "(" [argument ("," argument)*] ")" -> call
+        | "(" sum ")"
+    ?argument: sum
+        | NAME "=" (NUMBER | NAME) -> keyword
+
+    PLUS: "+"
+    MINUS: "-"
+    TIMES: "*"
+    OVER: "/"
+    NUMBER: /(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?/
+    NAME: /{NAME.pattern}/
+    %import common.WS
+    %ignore WS
+"""
+
+
+class ExpressionError(InputError):
+    """An expression that cannot be evaluated; its message shows where."""
+
+
+@cache
+def _parser() -> Lark:
+    return Lark(
+        GRAMMAR, start="sum", parser="lalr", propagate_positions=True, maybe_placeholders=False
+    )
+
+
+def parse(text: str) -> Tree:
+    """The expression's tree, as `GRAMMAR` names its nodes, each with its place in the text."""
+    try:
+        return _parser().parse(text)
+    except UnexpectedCharacters as error:
+        raise pointed(text, error.pos_in_stream, f"unexpected {error.char!r}") from None
+    except UnexpectedInput as error:
+        token = getattr(error, "token", "")
+        if not token:
+            raise pointed(text, len(text.rstrip()), "the expression ends too early") from None
+        raise pointed(text, token.start_pos, f"unexpected {str(token)!r}") from None
+
+
+def names(text: str) -> set[str]:
+    """The names of the inputs that an expression uses."""
+    return {str(node.children[0]) for node in parse(text).find_data("name")}
+
+
+def refuse_unknown(text: str, known: Collection[str]) -> None:
+    """Refuses an expression that names an input which is not there."""
+    for node in parse(text).find_data("name"):
+        name = str(node.children[0])
+        if name not in known:
+            inputs = ", ".join(sorted(known)) or "none"
+            message = f"unknown name {name!r}; the inputs are {inputs}"
+            raise pointed(text, node.meta.start_pos, message)
+
+
+def pointed(text: str, place: int, message: str) -> ExpressionError:
+    """An error that shows the line of the expression and a caret under the character at `place`."""
+    start = text.rfind("\n", 0, place) + 1
+    line = text[start:].split("\n", 1)[0]
+    column = place - start
+    return ExpressionError(f"column {column + 1}: {message}\n  {line}\n  {' ' * column}^")

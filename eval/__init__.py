@@ -1,0 +1,1 @@
+"""Modules to numbers: likelihood scoring, perplexity, generation, statistics, results."""

@@ -1,0 +1,27 @@
+"""`lora-eval`: reads the command line and calls `eval.run`."""
+
+import sys
+
+import tyro
+
+from eval.config import Evaluation
+from lora_jax.errors import InputError
+
+
+def main() -> None:
+    """Measures; what cannot be used is told in one line, with status 2."""
+    try:
+        config = tyro.cli(Evaluation, prog="lora-eval", config=(tyro.conf.FlagCreatePairsOff,))
+        from lora_jax import runtime
+
+        runtime.prepare()
+        from eval.run import run
+
+        run(config)
+    except (InputError, OSError) as error:
+        sys.exit(_failed(f"error: {error}"))
+
+
+def _failed(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2

@@ -1,0 +1,64 @@
+"""What an evaluation is asked to do; these fields are the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measure modules: lora-eval arc_easy --adapters a=A lib=LIB --compare base a "mean(lib)".
+
+    Tasks: boolq, piqa, hellaswag, swag, arc_easy, arc_challenge, openbookqa, winogrande,
+    winogrande_partial, bbh, xnli_{en,de,fr}, m_arc_{de,fr}, m_hellaswag_{de,fr}, m_mmlu_{de,fr},
+    and wikitext (perplexity).
+    """
+
+    tasks: Annotated[Positional[tuple[str, ...]], arg(metavar="TASK ...")] = ()
+    """Built-in tasks to measure."""
+    base: str = "smollm2-135m"
+    """The base model: a known name, a folder, a GGUF file or a hub id."""
+    adapters: Annotated[tuple[str, ...], arg(metavar="NAME=FOLDER ...")] = ()
+    """Adapters and libraries, each with a name."""
+    compare: Annotated[tuple[str, ...], arg(metavar="[LABEL=]EXPRESSION ...")] = ()
+    """The columns: expressions over the names and `base`. By default, base and every adapter."""
+    out: Path = Path("results/eval")
+    """The folder for results.json and accuracy.png."""
+    overwrite: bool = False
+    """Replace the output folder if it exists."""
+    data_root: Path | None = None
+    """Where the tasks' files are, as TASK/FILE.jsonl; without it, rows come from the hub."""
+    task_file: tuple[Path, ...] = ()
+    """Tasks of your own, in JSON: rows, prompt, choices (and answer, label, group, name)."""
+    text: tuple[Path, ...] = ()
+    """Texts of your own to measure perplexity on."""
+    generate: tuple[str, ...] = ()
+    """Prompts that every column replies to."""
+    score: Literal["answer_mean", "text_mean", "sum", "char"] = "answer_mean"
+    """What ranks choices: the answer's nats a token, the text's, their sum, or a character's."""
+    format: Literal["plain", "chat"] = "plain"
+    """Prompts as plain text (MTTL's) or as a turn of the base's chat template (GenKnowSub's)."""
+    space: Literal["delta", "factor"] = "delta"
+    """Compose what modules do, exactly; or their tensors, as the papers do."""
+    limit: int | None = None
+    """Rows a task at most, drawn at random by the seed; for a text, windows from its start."""
+    seed: int = 0
+    """For the rows drawn, the bootstrap and sampling."""
+    window: int = 1024
+    """Tokens in a window of a text."""
+    stride: int = 512
+    """Tokens that each window scores."""
+    most: int = 64
+    """Tokens in a reply at most."""
+    temperature: float = 0.0
+    """Of a reply's tokens; 0 takes the likeliest."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens; 0 is all."""
+    devices: Literal["mesh", "pmap", "one"] = "mesh"
+    """How rows are spread over the devices."""
+    batch_tokens: int | None = None
+    """Tokens in a batch, all columns together; by default what suits the device."""

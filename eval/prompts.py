@@ -1,0 +1,89 @@
+"""Rows as questions: the prompt and the answer of every choice, in the format asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from eval.rows import Row
+from eval.tasks import Form, Task
+from lora_jax.errors import InputError
+from lora_jax.tokens import Tokenizer, chat
+
+Frame = Callable[[str], tuple[str, str]]  # content to what precedes the answer and what follows
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row as the model reads it; one prompt and one answer a choice."""
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    lengths: tuple[int, ...]  # of the choices' words, in characters
+    label: int
+    group: str
+    where: str
+
+
+def frame(style: str, tokenizer: Tokenizer) -> Frame:
+    """How the format called `style` surrounds a prompt's content.
+
+    "plain" leaves it alone; "chat" makes it the user's turn of the base's chat template, and the
+    answer the reply, with the end of its turn (GenKnowSub's protocol).
+    """
+    if style == "plain":
+        return lambda content: (content, "")
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "(reply)"}]
+    end = chat(tokenizer, turns).rpartition("(reply)")[2]
+
+    def turn(content: str) -> tuple[str, str]:
+        return chat(tokenizer, [{"role": "user", "content": content}], open_reply=True), end
+
+    return turn
+
+
+def pose(task: Task, form: Form, row: Row, surround: Frame) -> Question:
+    """The question that a row is."""
+    choices = _choices(form, row)
+    filled = [_fill(form, row.fields, choice) for choice in choices]
+    framed = {prompt: surround(prompt) for prompt, _ in filled}
+    return Question(
+        prompts=tuple(framed[prompt][0] for prompt, _ in filled),
+        answers=tuple(answer + framed[prompt][1] for prompt, answer in filled),
+        lengths=tuple(map(len, choices)),
+        label=_label(row, task.label, choices),
+        group=str(row.fields.get(task.group, "")) if task.group else "",
+        where=row.where,
+    )
+
+
+def _choices(form: Form, row: Row) -> list[str]:
+    if not isinstance(form.choices, str):
+        return list(form.choices)
+    words = row.fields[form.choices]
+    if not isinstance(words, list) or len(words) < 2 or not all(map(_filled, words)):
+        raise InputError(
+            f"{row.where}: {form.choices!r} must list at least two texts; got {words!r}"
+        )
+    return words
+
+
+def _filled(word: Any) -> bool:
+    return isinstance(word, str) and word != ""
+
+
+def _fill(form: Form, fields: dict[str, Any], choice: str) -> tuple[str, str]:
+    before, _, after = str(fields.get("question", "")).partition("_")
+    known = {**fields, "choice": choice, "before": before, "after": after}
+    return form.prompt.format_map(known), form.answer.format_map(known)
+
+
+def _label(row: Row, field: str, choices: list[str]) -> int:
+    """The index of the right choice, given as an index or in words."""
+    label = row.fields[field]
+    if isinstance(label, str) and label in choices:
+        return choices.index(label)
+    if isinstance(label, int) and 0 <= label < len(choices):
+        return int(label)
+    raise InputError(
+        f"{row.where}: {field!r} must be one of {choices} or its index from 0; got {label!r}"
+    )

@@ -1,0 +1,80 @@
+"""Results to look at: a table for the terminal, and a chart with intervals."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from eval.results import Line, Replies
+from eval.statistics import Interval
+
+
+def table(numbers: Sequence[Line]) -> Table:
+    """Every number with its 95 % interval, and its paired difference from the first column."""
+    found = Table("task", "module", caption="intervals: 95 %, bootstrap over examples")
+    for heading in ("n", "result", "interval", "against the first", "interval"):
+        found.add_column(heading, justify="right")
+    for n, line in enumerate(numbers):
+        if n and line.task != numbers[n - 1].task:
+            found.add_section()
+        against = ("", "") if line.difference is None else _cells(line, line.difference, "+")
+        found.add_row(
+            line.task, line.column, f"{line.examples:,}", *_cells(line, line.value, ""), *against
+        )
+    return found
+
+
+def _cells(line: Line, interval: Interval, sign: str) -> tuple[str, str]:
+    """A number and its interval: percent for accuracies, nats and perplexity for texts."""
+    if line.metric == "accuracy":
+        value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
+        unit = " points" if sign else " %"
+        return f"{value:{sign}.1f}{unit}", f"{low:{sign}.1f} to {high:{sign}.1f}"
+    perplexity = "" if sign else f" (perplexity {np.exp(interval.value):.2f})"
+    shown = f"{interval.value:{sign}.4f} nats{perplexity}"
+    return shown, f"{interval.low:{sign}.4f} to {interval.high:{sign}.4f}"
+
+
+def group_table(name: str, groups: Mapping[str, Mapping[str, float]]) -> Table:
+    """A task's accuracy by group and column, in percent."""
+    found = Table(name)
+    for column in next(iter(groups.values())):
+        found.add_column(column, justify="right")
+    for group, values in groups.items():
+        found.add_row(group, *(f"{100 * value:.1f}" for value in values.values()))
+    return found
+
+
+def reply_table(outcome: Replies) -> Table:
+    """What every column wrote, prompt by prompt."""
+    found = Table("prompt", "module", "reply", show_lines=True)
+    for n, prompt in enumerate(outcome.prompts):
+        for column, replies in outcome.replies.items():
+            found.add_row(prompt, column, replies[n])
+    return found
+
+
+def chart(numbers: Sequence[Line], path: Path) -> None:
+    """Writes a PNG of the accuracies as bars with their intervals, grouped by task."""
+    from matplotlib.figure import Figure
+
+    shown = [line for line in numbers if line.metric == "accuracy"]
+    tasks = list(dict.fromkeys(line.task for line in shown))
+    columns = list(dict.fromkeys(line.column for line in shown))
+    figure = Figure(figsize=(2 + 0.5 * len(tasks) * (len(columns) + 1), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(columns)
+    for n, column in enumerate(columns):
+        values = [line.value for line in shown if line.column == column]
+        heights = 100 * np.array([v.value for v in values])
+        whiskers = 100 * np.array(
+            [[v.value - v.low for v in values], [v.high - v.value for v in values]]
+        )
+        places = np.arange(len(tasks)) + (n - (len(columns) - 1) / 2) * width
+        axes.bar(places, heights, 0.9 * width, yerr=whiskers, capsize=3, label=column)
+    axes.set_xticks(np.arange(len(tasks)), tasks)
+    axes.set_ylabel("accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)

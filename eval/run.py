@@ -1,0 +1,96 @@
+"""A whole evaluation: from the command's settings to results on disk and tables on screen."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from eval import bench as benches
+from eval import columns, report, results, tasks
+from eval.bench import Bench
+from eval.config import Evaluation
+from eval.results import Answers, Line, Replies, Surprise
+from eval.tasks import Corpus, Task
+from lora_jax import bases
+from lora_jax.errors import InputError
+from lora_jax.files import folder_digest, new_folder, refuse_existing, write_json
+from lora_jax.tokens import load_tokenizer
+
+
+def run(settings: Evaluation) -> None:
+    """Measures every task for every column, writes the results and prints the tables."""
+    started = time.time()
+    refuse_existing(settings.out, settings.overwrite)
+    wanted, folders = _wanted(settings), columns.read_paths(settings.adapters)
+    base = bases.load_base(settings.base)
+    built = columns.build(settings.compare, folders, base.config, settings.space)
+    bench = Bench(settings, base, load_tokenizer(base.folder), built)
+    outcomes = [_measured(bench, task) for task in wanted]
+    replies = benches.replies(bench) if settings.generate else None
+    numbers = [line for outcome in outcomes for line in results.lines(outcome, settings.seed)]
+    provenance = _provenance(bench, folders) | {"seconds": round(time.time() - started, 1)}
+    _write(settings, results.document(outcomes, numbers, replies, provenance), numbers)
+    _print(outcomes, numbers, replies)
+    print(settings.out / "results.json")
+
+
+def _wanted(settings: Evaluation) -> list[Task | Corpus]:
+    """Everything to measure, each name once."""
+    found = [tasks.find(name) for name in settings.tasks]
+    found += [tasks.read_task(path) for path in settings.task_file]
+    found += [Corpus(path.stem, str(path.resolve())) for path in settings.text]
+    names = [task.name for task in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"task {twice[0]!r} is given twice; name each once")
+    if not found and not settings.generate:
+        raise InputError("nothing to measure; name a task (such as arc_easy), --text or --generate")
+    return found
+
+
+def _measured(bench: Bench, task: Task | Corpus) -> Answers | Surprise:
+    measure = benches.answers if isinstance(task, Task) else benches.surprise
+    return measure(bench, task)
+
+
+def _write(settings: Evaluation, document: dict[str, Any], numbers: Sequence[Line]) -> None:
+    with new_folder(settings.out, settings.overwrite) as scratch:
+        write_json(scratch / "results.json", document)
+        if any(line.metric == "accuracy" for line in numbers):
+            report.chart(numbers, scratch / "accuracy.png")
+
+
+def _provenance(bench: Bench, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Everything needed to run this again and get the same numbers."""
+    return results.environment() | {
+        "base": {"name": bench.settings.base, "sha256": bench.base.digest},
+        "adapters": {
+            name: {"path": str(path), "sha256": folder_digest(path, "**/*.safetensors")}
+            for name, path in folders.items()
+        },
+        "columns": {column.name: column.recipe for column in bench.columns},
+        "settings": {key: _plain(value) for key, value in asdict(bench.settings).items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, for JSON."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _print(
+    outcomes: Sequence[Answers | Surprise], numbers: Sequence[Line], replies: Replies | None
+) -> None:
+    console = Console(highlight=False)
+    if numbers:
+        console.print(report.table(numbers))
+    for outcome in outcomes:
+        groups = results.by_group(outcome) if isinstance(outcome, Answers) else {}
+        if 0 < len(groups) <= 30:
+            console.print(report.group_table(outcome.task, groups))
+    if replies:
+        console.print(report.reply_table(replies))

@@ -1,0 +1,127 @@
+"""Tasks as data: where the rows of a benchmark are, and how a row becomes a question."""
+
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import InputError, refuse_all
+from lora_jax.files import read_json
+
+FORMATS = ("plain", "chat")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a row is put to the model; templates are filled with the row's fields.
+
+    `{choice}` is the answer in question, `{before}` and `{after}` the question around its "_".
+    """
+
+    prompt: str
+    answer: str = " {choice}"  # what is scored
+    choices: str | tuple[str, ...] = "choices"  # the field that holds them, or the words themselves
+
+    def needs(self) -> set[str]:
+        """The fields that a row must have."""
+        names = {*_names(self.prompt), *_names(self.answer)}
+        names |= {"question"} if names & {"before", "after"} else set()
+        names |= {self.choices} if isinstance(self.choices, str) else set()
+        return names - {"choice", "before", "after"}
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Rows on the Hugging Face hub: which, and how one becomes a row of ours."""
+
+    path: str
+    configs: tuple[str, ...] = ("default",)
+    split: str = "validation"
+    row: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+
+
+@dataclass(frozen=True)
+class Task:
+    """A multiple-choice benchmark."""
+
+    name: str
+    file: str  # JSONL under the data root
+    plain: Form
+    chat: Form
+    hub: Hub | None = None
+    label: str = "label"  # the field of the right choice: its index, or its words
+    group: str | None = None  # the field whose values are also scored apart
+    open_ended: bool = False  # rows without a label are free-form, and left out
+    language: str = "en"
+
+    def form(self, style: str) -> Form:
+        """How the task is put in the format called `style`, "plain" or "chat"."""
+        return self.chat if style == "chat" else self.plain
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text whose perplexity is measured."""
+
+    name: str
+    file: str
+    hub: Hub | None = None
+    language: str = "en"
+
+
+def _names(template: str) -> Iterator[str]:
+    return (name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+
+
+def find(name: str) -> Task | Corpus:
+    """The built-in task of this name."""
+    from eval.catalogue import TASKS
+
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r}; choose from {', '.join(TASKS)}, or --task-file")
+    return TASKS[name]
+
+
+_KEYS = ("name", "rows", "prompt", "answer", "choices", "label", "group", "language")
+
+
+def read_task(path: Path) -> Task:
+    """The task that a JSON file describes, with `rows` found beside it.
+
+    Its keys are `rows` (a JSONL file), `prompt`, `choices` (a field, or a list of words), and
+    optionally `name`, `answer`, `label`, `group` and `language`, as in `Form` and `Task`.
+    """
+    raw = read_json(path)
+    refuse_all(_problems(raw), str(path))
+    choices = raw["choices"] if isinstance(raw["choices"], str) else tuple(raw["choices"])
+    plain = Form(raw["prompt"], raw.get("answer", " {choice}"), choices)
+    chat = Form(plain.prompt, plain.answer.lstrip(), choices)
+    kept = {f.name for f in fields(Task)} & {"label", "group", "language"} & raw.keys()
+    return Task(
+        name=raw.get("name", path.stem),
+        file=str((path.parent / raw["rows"]).resolve()),
+        plain=plain,
+        chat=chat,
+        **{key: raw[key] for key in kept},
+    )
+
+
+def _problems(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a task file, if anything is."""
+    found = [f"{key} is missing" for key in ("rows", "prompt", "choices") if key not in raw]
+    found += [f"unknown key {key!r} (known: {', '.join(_KEYS)})" for key in raw.keys() - set(_KEYS)]
+    for key in (raw.keys() & set(_KEYS)) - {"choices"}:
+        if not isinstance(raw[key], str):
+            found.append(f"{key} must be a string; it is {raw[key]!r}")
+        elif key in ("prompt", "answer"):
+            try:
+                list(_names(raw[key]))
+            except ValueError as error:
+                found.append(f"{key} is not a template ({error}); write {{{{ for a brace")
+    words = raw.get("choices", "")
+    if not isinstance(words, str) and not (
+        isinstance(words, list) and len(words) > 1 and all(isinstance(w, str) for w in words)
+    ):
+        found.append(f"choices must name a field or list at least two words; it is {words!r}")
+    return found

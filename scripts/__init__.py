@@ -1,0 +1,1 @@
+"""Whole workflows and benchmarks, run from the repository's root as `python -m scripts.NAME`."""

@@ -1,0 +1,46 @@
+"""`make demo`: modules trained, added, negated, purified, routed and measured on a real model."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lora_jax.files import refuse_existing
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Runs the demo and prints the path of its report."""
+
+    out: Path = Path("out/demo")  # folder of the report, the modules and the data
+    base: str = "smollm2-135m"  # the base model
+    train: int = 192  # training questions a task
+    test: int = 48  # held-out questions a task
+    seed: int = 0  # of the data, the modules and the sampling
+    overwrite: bool = True  # replace the last demo
+
+
+def main() -> None:
+    """Runs all stages, each with its progress, and writes the report."""
+    settings = tyro.cli(Demo, prog="make demo ARGS=", config=(tyro.conf.FlagCreatePairsOff,))
+    refuse_existing(settings.out, settings.overwrite)
+    began = time.time()
+
+    from lora_jax import runtime
+
+    runtime.prepare()
+    from scripts.demo import report, stages
+
+    bench = stages.fetch(settings.base, settings.out, settings.train, settings.test, settings.seed)
+    modules = stages.train_modules(bench)
+    addition = stages.addition(bench, modules)
+    negation = stages.negation(bench, modules)
+    routing = stages.routing(bench, modules)
+    stages.heading("6/6 report")
+    path = report.write(bench, modules, addition, negation, routing, time.time() - began)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

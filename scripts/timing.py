@@ -1,0 +1,34 @@
+"""How the benchmarks time: alternate the candidates, take medians, and show one table."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+
+def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+    """The median seconds of each candidate, after a warm-up, taken in turns so that all share the
+    machine's good and bad moments."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for candidate in candidates.values():
+        jax.block_until_ready(candidate())
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            began = time.perf_counter()
+            jax.block_until_ready(candidate())
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table, its first column to the left and the rest to the right."""
+    table = Table(title=title, title_justify="left", min_width=len(title) + 2)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110).print(table)

@@ -1,0 +1,142 @@
+import json
+
+import numpy as np
+import pytest
+
+from compose.arithmetic import weighted_sum
+from compose.cli import Command
+from compose.command import run
+from compose.inputs import load_input
+from compose.library import Library
+from lora_jax import peft
+from lora_jax.errors import InputError
+
+Q = "self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, config, random_lora, base_folder):
+    """Two adapters on disk that name the tiny base model."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, seed in (("chat", 0), ("toxic", 1)):
+        adapter = random_lora(config, seed, targets=("q_proj",))
+        peft.save_adapter(root / name, adapter, config, base_name=str(base_folder))
+    return root
+
+
+@pytest.fixture
+def compose(folders, tmp_path, monkeypatch):
+    """A function that runs the command on both adapters and gives the folder it wrote."""
+    monkeypatch.setattr("compose.command.prepare", lambda: None)
+
+    def go(expression, **options):
+        inputs = (f"chat={folders / 'chat'}", f"toxic={folders / 'toxic'}")
+        command = Command(expression, inputs, **({"out": tmp_path / "out"} | options))
+        run(command)
+        return command.out
+
+    return go
+
+
+@pytest.mark.parametrize("space", ["delta", "factor"])
+def test_an_expression_becomes_an_adapter_with_its_provenance(
+    compose, folders, config, base_folder, capsys, space
+):
+    out = compose("chat - 0.4*toxic", space=space)
+    chat, toxic = (load_input(folders / name, config) for name in ("chat", "toxic"))
+    want = weighted_sum([chat, toxic], [1, -0.4], space=space)[Q]
+    found = load_input(out, config)[Q]
+    np.testing.assert_array_equal(found.a, want.a)
+    np.testing.assert_allclose(found.scale * found.b, want.scale * want.b, rtol=1e-6)
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["expression"] == "chat - 0.4*toxic" and record["space"] == space
+    assert record["inputs"].keys() == {"chat", "toxic"}
+    assert record["base_model_name_or_path"] == str(base_folder)
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+
+
+def test_rank_is_kept_and_its_error_recorded(compose, config):
+    out = compose("chat + toxic", rank=2)
+    assert load_input(out, config)[Q].a.shape[-1] == 2
+    errors = json.loads((out / "provenance.json").read_text())["truncation_error"]
+    assert len(errors[""][Q]) == 2 and all(0 < error < 1 for error in errors[""][Q])
+
+
+def test_a_routed_result_is_a_library_with_its_settings(compose, config):
+    out = compose("arrow(chat, toxic, top_k=1)")
+    library = load_input(out, config)
+    assert isinstance(library, Library)
+    assert library.names == ("chat", "toxic") and library.routing.top_k == 1
+    assert (out / "provenance.json").exists()
+
+
+def test_an_existing_folder_is_refused_before_any_work(compose, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    monkeypatch.setattr("compose.command.load_input", lambda *_: pytest.fail("worked"))
+    with pytest.raises(InputError, match="exists; choose another --out or pass --overwrite"):
+        compose("chat")
+    monkeypatch.undo()
+    assert (compose("chat", overwrite=True) / "adapter_config.json").exists()
+
+
+def test_only_the_inputs_in_use_are_read(folders, tmp_path, compose):
+    (folders / "toxic").rename(folders / "away")
+    try:
+        record = json.loads((compose("2*chat") / "provenance.json").read_text())
+    finally:
+        (folders / "away").rename(folders / "toxic")
+    assert record["inputs"].keys() == {"chat"}
+
+
+def test_the_base_may_be_named(compose, base_folder):
+    out = compose("chat", base=str(base_folder))
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_a_base_out_of_reach_is_said_and_the_default_taken(
+    tmp_path, config, random_lora, base_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr("compose.command.DEFAULT_BASE", str(base_folder))
+    monkeypatch.setattr("compose.command.prepare", lambda: None)
+    peft.save_adapter(tmp_path / "x", random_lora(config), config, base_name="./gone")
+    run(Command("x", (f"x={tmp_path / 'x'}",), tmp_path / "out"))
+    assert "out of reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (("chat",), "'chat' is not NAME=FOLDER"),
+        (("1x=here",), "'1x=here' is not NAME=FOLDER"),
+        (("x=",), "'x=' is not NAME=FOLDER"),
+        (("x=a", "x=b"), "'x' is given twice"),
+        (("y=a",), "unknown name 'x'; the inputs are y"),
+        (("x=nowhere",), "nowhere is not a folder"),
+    ],
+)
+def test_bad_inputs_are_named(tmp_path, monkeypatch, inputs, words):
+    monkeypatch.setattr("compose.command.prepare", lambda: None)
+    with pytest.raises(InputError, match=words):
+        run(Command("x", inputs, tmp_path / "out"))
+
+
+def test_nan_is_refused_by_name(tmp_path, config, base_folder, random_lora, compose):
+    from safetensors.numpy import load_file, save_file
+
+    peft.save_adapter(
+        tmp_path / "bad", random_lora(config, targets=("q_proj",)), config, base_name="tiny"
+    )
+    path = tmp_path / "bad" / peft.WEIGHTS
+    tensors = load_file(path)
+    tensors[sorted(tensors)[0]][0, 0] = np.nan
+    save_file(tensors, path)
+    command = Command("x", (f"x={path.parent}",), tmp_path / "out", base=str(base_folder))
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.lora_A.* holds NaN"):
+        run(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rank_and_space_must_agree(compose):
+    with pytest.raises(InputError, match="factor space keeps its ranks"):
+        compose("chat - toxic", space="factor", rank=2)

@@ -1,0 +1,169 @@
+"""What the tests share: a tiny random model, its folder on disk, and modules that change it."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling, not running, is what tiny programs cost: without its optimizer XLA takes a third.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax import checkpoint, models, modules, table
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+SPECIAL = ("<|im_start|>", "<|im_end|>")  # ids 256 and 257, after the 256 bytes
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def config() -> models.Config:
+    """A Llama of two layers; its vocabulary is the bytes, two special tokens and six spare."""
+    return models.Config(
+        kind="llama",
+        vocabulary=264,
+        width=32,
+        hidden=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_width=8,
+        context=128,
+        tied=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """A function from a config and a seed to random weights."""
+    return lambda config, seed=0: table.init(jax.random.key(seed), models.table(config))
+
+
+@pytest.fixture(scope="session")
+def weights(config, random_weights):
+    """The tiny model's weights."""
+    return random_weights(config)
+
+
+@pytest.fixture(scope="session")
+def random_lora():
+    """A function to a LoRA whose factors are both random, so that it changes every output."""
+
+    def make(config, seed=0, *, targets=TARGETS, rank=3, alpha=6.0, size=0.3, rslora=False):
+        key = jax.random.key(seed)
+        adapter = modules.init_lora(
+            key,
+            models.projections(config),
+            config.layers,
+            targets=targets,
+            rank=rank,
+            alpha=alpha,
+            rslora=rslora,
+        )
+        return {
+            path: m.replace(b=size * jax.random.normal(jax.random.fold_in(key, n), m.b.shape))
+            for n, (path, m) in enumerate(adapter.items())
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_ia3():
+    """A function to an IA3 module that is not the identity."""
+
+    def make(config, seed=0, *, layout="peft", size=0.3):
+        adapter = modules.init_ia3(models.projections(config), config.layers, layout=layout)
+        key = jax.random.key(seed)
+        return {
+            path: m.replace(
+                offset=size * jax.random.normal(jax.random.fold_in(key, n), m.offset.shape)
+            )
+            for n, (path, m) in enumerate(adapter.items())
+        }
+
+    return make
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden(config, weights, adapter, tokens, options):
+    return models.forward(config, weights, adapter, tokens, **options).hidden
+
+
+@pytest.fixture(scope="session")
+def hidden():
+    """A function to the jitted hidden states (B, T, D); options are segments and positions."""
+    return lambda config, weights, adapter, tokens, **options: _hidden(
+        config, weights, adapter, jnp.asarray(tokens), options
+    )
+
+
+@pytest.fixture(scope="session")
+def random_tokens():
+    """A function to random token ids of a shape."""
+    return lambda *shape, seed=0: jax.random.randint(jax.random.key(seed), shape, 0, 256)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory, config, weights) -> Path:
+    """The tiny model as a Hugging Face folder, with a byte-level tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    folder.mkdir()
+    checkpoint.write_model(folder, config, weights)
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[1],
+        "pad_token": SPECIAL[1],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+@pytest.fixture(scope="session")
+def run_on_devices():
+    """A function that runs Python code on forced CPU devices and gives back what it printed."""
+
+    def run(code: str, devices: int = 8) -> str:
+        forced = f"--xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {forced}",
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

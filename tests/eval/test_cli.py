@@ -1,0 +1,127 @@
+"""The command from end to end, and what it says when it cannot."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from eval import cli
+from lora_jax import peft, runtime
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, config, random_lora, random_ia3):
+    """A data root, two adapters and a task file."""
+    root = tmp_path_factory.mktemp("root")
+    rows = [
+        {
+            "question": f"What is {n}?",
+            "choices": ["one", "two", "many"][: 2 + n % 2],
+            "label": n % 2,
+        }
+        for n in range(8)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "arc_easy").mkdir()
+    (root / "arc_easy" / "test.jsonl").write_text(text)
+    (root / "mine.json").write_text(
+        json.dumps({"rows": "mine.jsonl", "prompt": "{question}", "choices": ["ja", "nein"]})
+    )
+    (root / "mine.jsonl").write_text(text)
+    (root / "some.txt").write_text("A text that is long enough to be read. " * 5)
+    peft.save_adapter(root / "a", random_lora(config), config)
+    peft.save_adapter(root / "b", random_ia3(config), config)
+    return root
+
+
+@pytest.fixture
+def command(monkeypatch, base_folder, root):
+    """A function that runs the command in the data root; the compilation cache is left alone."""
+    monkeypatch.setattr(runtime, "prepare", lambda: None)
+
+    def run(*arguments: str) -> None:
+        shared = ("--base", str(base_folder), "--data-root", str(root))
+        monkeypatch.setattr(sys, "argv", ["lora-eval", *arguments, *shared])
+        cli.main()
+
+    return run
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_measures_and_writes(command, root, tmp_path, capsys, style):
+    out = tmp_path / "out"
+    command(
+        *("arc_easy", "--task-file", str(root / "mine.json"), "--text", str(root / "some.txt")),
+        *(
+            "--adapters",
+            f"a={root / 'a'}",
+            f"b={root / 'b'}",
+            "--compare",
+            "a",
+            "base",
+            "half=0.5*a",
+        ),
+        *(
+            "--window",
+            "64",
+            "--stride",
+            "32",
+            "--format",
+            style,
+            "--generate",
+            "Hello",
+            "--most",
+            "4",
+        ),
+        *("--out", str(out)),
+    )
+    found = json.loads((out / "results.json").read_text())
+    assert [line["column"] for line in found["numbers"]] == ["a", "base", "half"] * 3
+    assert [task["task"] for task in found["tasks"]] == ["arc_easy", "mine", "some"]
+    assert len(found["tasks"][0]["examples"][0]["scores"]["base"]) == 2
+    assert len(found["tasks"][0]["sha256"]) == 64
+    assert found["provenance"]["columns"]["half"] == "0.5*a"
+    assert len(found["provenance"]["adapters"]["a"]["sha256"]) == 64
+    assert (out / "accuracy.png").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == str(out / "results.json")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["arc_eazy"], "unknown task 'arc_eazy'; choose from"),
+        ([], "nothing to measure"),
+        (["arc_easy", "arc_easy"], "given twice"),
+        (["piqa"], "piqa/validation.jsonl does not exist"),
+        (["arc_easy", "--adapters", "a=/nowhere"], "/nowhere"),
+        (["arc_easy", "--compare", "zzz"], "zzz"),
+        (["arc_easy", "--out", "."], "exists; choose another --out or pass --overwrite"),
+    ],
+)
+def test_what_cannot_be_is_one_line(command, capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").write_text("")
+    with pytest.raises(SystemExit) as left:
+        command(*arguments)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2
+    assert told[-1].startswith("error: ") and message in told[-1]
+
+
+def test_help_answers_at_once():
+    def seconds(code: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+        return time.perf_counter() - start
+
+    run = "import sys; sys.argv = ['lora-eval', '--help']; from eval.cli import main; main()"
+    best, bare = (min(seconds(code) for _ in range(3)) for code in (run, "pass"))
+    assert best - bare < 0.5
+
+
+def test_the_command_imports_nothing_heavy():
+    code = "import sys, eval.cli; print([m for m in ('jax', 'numpy', 'rich') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,87 @@
+"""Batched generation writes what each prompt would get alone, and stops where it should."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compose.expression import evaluate
+from compose.library import Library
+from eval import generation
+from eval.generation import Sampling, generate
+from lora_jax.errors import InputError
+
+PROMPTS = [[1, 2, 3], [70, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80], [5], [9, 8, 7, 6]]
+
+
+@pytest.fixture(scope="module")
+def routed(config, random_lora):
+    library = Library(("a", "b"), (random_lora(config, 2), random_lora(config, 3)))
+    return evaluate("arrow(library, top_k=1)", {"library": library})
+
+
+def write(config, weights, adapter, prompts, **options):
+    return generate(
+        config, weights, adapter, prompts, stop=-1, sampling=Sampling(most=8, **options)
+    )
+
+
+@pytest.mark.parametrize("kind", ["base", "lora", "routed"])
+def test_greedy_equals_whole_forwards(config, weights, hidden, random_lora, routed, kind):
+    adapter = {"base": {}, "lora": random_lora(config), "routed": routed}[kind]
+    for prompt, found in zip(PROMPTS, write(config, weights, adapter, PROMPTS), strict=True):
+        text = list(prompt)
+        for _ in range(8):
+            states = hidden(config, weights, adapter, [text + [0] * (20 - len(text))])
+            text.append(int(jnp.argmax(states[0, len(text) - 1] @ weights["embed"].T)))
+        assert found == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.7, "top_k": 50}])
+def test_a_sample_does_not_depend_on_its_batch(config, weights, options):
+    together = write(config, weights, {}, PROMPTS, temperature=1.0, **options)
+    apart = generate(
+        config,
+        weights,
+        {},
+        PROMPTS,
+        stop=-1,
+        sampling=Sampling(most=8, temperature=1.0, **options),
+        tokens=1,
+    )
+    assert together == apart
+    assert together != write(config, weights, {}, PROMPTS, temperature=1.0, seed=1, **options)
+
+
+def test_a_reply_ends_at_stop(config, weights):
+    sampling = Sampling(most=8)
+    whole = generate(config, weights, {}, PROMPTS, stop=-1, sampling=sampling)
+    stop = whole[0][3]
+    cut = generate(config, weights, {}, PROMPTS, stop=stop, sampling=sampling)
+    for reply, full in zip(cut, whole, strict=True):
+        assert reply == (full[: full.index(stop)] if stop in full else full)
+
+
+def test_choices_keep_to_top_k_and_top_p():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 200)[:, None]
+
+    def drawn(**options):
+        sampling = replace(Sampling(temperature=1.0), **options)
+        chosen = jax.vmap(lambda key: generation._choose(logits, key, sampling))(keys)
+        return set(np.asarray(chosen).ravel().tolist())
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.6) == {0, 1}
+    assert drawn(top_p=0.1) == {0}
+
+
+@pytest.mark.parametrize(
+    "options", [{"most": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}]
+)
+def test_impossible_sampling_is_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        Sampling(**options)

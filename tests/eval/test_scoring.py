@@ -1,0 +1,58 @@
+"""Scores are those of whole texts, one by one, whatever is shared, padded or stacked."""
+
+import jax
+import numpy as np
+import pytest
+
+from eval import batches, compare, devices, scoring
+
+
+def measured(run, adapters, items, **size):
+    planned = batches.plan(items, **{"tokens": 200, "program": 100} | size)
+    return compare.measure(run, compare.stacks(adapters), planned, "test")
+
+
+def close(found, expected):
+    for scores, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(scores[: len(right)], right, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("score", scoring.SCORES)
+def test_equals_whole_texts_one_by_one(config, weights, encoded, reference, score):
+    run = devices.spread(scoring.score, config, weights, "one")
+    [found] = measured(run, [{}], encoded(score))
+    close(found, reference(weights, {}, score))
+
+
+@pytest.mark.parametrize("tokens, program", [(1, 10_000), (10_000, 60)])
+def test_batches_and_padding_change_nothing(
+    config, weights, random_lora, encoded, reference, tokens, program
+):
+    adapter = random_lora(config)
+    run = devices.spread(scoring.score, config, weights, "one")
+    [found] = measured(run, [adapter], encoded("text_mean"), tokens=tokens, program=program)
+    close(found, reference(weights, adapter, "text_mean"))
+
+
+def test_pads_count_nothing(config, weights, encoded):
+    items = encoded("sum")
+    [(indices, batch)] = batches.plan(items, tokens=100_000, program=100_000, multiple=16)
+    scores = jax.jit(scoring.score, static_argnums=0)(config, weights, {}, batch)
+    assert len(indices) == len(items) < 16 == len(scores)
+    assert np.isfinite(scores).all()
+    assert not np.any(scores[len(items) :])
+
+
+def test_answers_unembed_no_prompt(encoded):
+    [(_, whole)] = batches.plan(encoded("text_mean"), tokens=100_000, program=100_000)
+    [(_, answer)] = batches.plan(encoded("answer_mean")[:2], tokens=100_000, program=100_000)
+    assert whole.shared == whole.prefix.shape[1] - 1
+    assert answer.shared <= 1  # the space that all answers begin with
+
+
+def test_score_has_a_gradient_for_the_adapter(config, weights, random_lora, encoded):
+    [(_, batch)] = batches.plan(encoded("sum"), tokens=100_000, program=100_000)
+    adapter = random_lora(config)
+    total = jax.jit(jax.grad(lambda a: scoring.score(config, weights, a, batch).sum()))
+    gradient = total(adapter)
+    assert all(np.any(leaf) and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

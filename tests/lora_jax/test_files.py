@@ -1,0 +1,124 @@
+import hashlib
+
+import pytest
+
+from lora_jax import files
+from lora_jax.errors import InputError
+
+
+def test_a_folder_appears_when_its_block_ends_and_not_before(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with files.new_folder(target) as scratch:
+        (scratch / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "file").read_text() == "x"
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_block_that_fails_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out") as scratch:
+        (scratch / "file").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_fails_keeps_what_it_would_have_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_a_full_folder_is_refused_or_replaced_whole(tmp_path):
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(InputError, match="exists; choose another --out or pass --overwrite"):
+        files.refuse_existing(tmp_path, overwrite=False)
+    with files.new_folder(tmp_path, overwrite=True) as scratch:
+        (scratch / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_an_empty_folder_is_free_to_take(tmp_path):
+    with files.new_folder(tmp_path) as scratch:
+        (scratch / "new").write_text("new")
+    assert (tmp_path / "new").exists()
+
+
+def test_a_file_in_the_way_is_refused_even_with_overwrite(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="is a file"), files.new_folder(tmp_path / "out", True):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", [".", "..", "../.."])
+def test_the_working_directory_is_never_overwritten(tmp_path, monkeypatch, out):
+    here = tmp_path / "a" / "b"
+    here.mkdir(parents=True)
+    (here / "mine").write_text("mine")
+    monkeypatch.chdir(here)
+    with pytest.raises(InputError, match="working directory"):
+        files.refuse_existing(files.Path(out), overwrite=True)
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "text"
+    files.write_text(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["text"]
+
+
+def test_json_round_trips_and_has_no_place_for_nan(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": [1, 2.5, None], "é": "ü"})
+    assert files.read_json(path) == {"a": [1, 2.5, None], "é": "ü"}
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    assert files.read_json(path)["é"] == "ü"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "does not exist"),
+        (b'{"a": 1,', "is not valid JSON: .*line 1 column"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[1]", "must hold a JSON object; it holds a list"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, complaint):
+    path = tmp_path / "value.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=complaint) as caught:
+        files.read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folders_digest_tells_content_and_name_and_nothing_else(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"1")
+    one = files.folder_digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    assert files.folder_digest(tmp_path) == one
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    assert files.folder_digest(tmp_path) != one
+    (tmp_path / "b.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"2")
+    assert files.folder_digest(tmp_path) != one
+    assert files.sha256(tmp_path / "a.safetensors") == hashlib.sha256(b"2").hexdigest()
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
+    assert files.cache_folder() == tmp_path
+    monkeypatch.delenv("LORA_JAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_folder() == tmp_path / ".cache" / "lora_jax"

@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.modules import Experts
+from lora_jax.routing import route, routed
+
+COUNT, IN, OUT, RANK = 12, 16, 10, 3
+KEYS = jax.random.split(jax.random.key(1), 4)
+X = jax.random.normal(KEYS[0], (2, 7, IN))
+
+
+def library(top_k=3, temperature=1.0, mixing="outputs", count=COUNT):
+    prototypes = jax.random.normal(KEYS[3], (count, IN))
+    return Experts(
+        jax.random.normal(KEYS[1], (count, IN, RANK)),
+        jax.random.normal(KEYS[2], (count, RANK, OUT)),
+        prototypes / jnp.linalg.norm(prototypes, axis=-1, keepdims=True),
+        top_k,
+        temperature,
+        mixing,
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 8, 9, 12])
+def test_weights_sum_to_one_over_exactly_the_best_aligned(top_k):
+    prototypes = library().prototypes
+    weights = route(X, prototypes, top_k)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    alignment = np.abs(X @ prototypes.T)
+    best = alignment >= np.sort(alignment)[..., -top_k, None]
+    assert ((weights > 0) == best).all()
+
+
+def test_weights_are_the_softmax_of_the_alignment_at_the_temperature():
+    prototypes = library().prototypes
+    logits = np.abs(X @ prototypes.T) / 0.4
+    np.testing.assert_allclose(
+        route(X, prototypes, COUNT, 0.4), jax.nn.softmax(logits), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_prototypes_sign_does_not_matter():
+    prototypes = library().prototypes
+    signs = jnp.where(jnp.arange(COUNT) % 2, 1, -1)[:, None]
+    assert (route(X, prototypes, 3) == route(X, prototypes * signs, 3)).all()
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_a_tie_before_the_last_place_leaves_out_the_rest(count):
+    # Two experts point the same way, as a module and its negation do: they fill both places.
+    prototypes = jnp.eye(IN)[:count].at[1].set(-jnp.eye(IN)[0])
+    x = jnp.arange(IN, 0, -1.0)
+    weights = route(x, prototypes, 2)
+    np.testing.assert_allclose(weights[:2], 0.5, rtol=1e-6)
+    assert not weights[2:].any()
+
+
+@pytest.mark.parametrize("top_k", [2, 9])
+def test_a_token_of_zeros_is_mixed_evenly_and_finitely(top_k):
+    weights = route(jnp.zeros(IN), library().prototypes, top_k)
+    np.testing.assert_allclose(weights, 1 / COUNT, rtol=1e-6)
+
+
+def naive(x, experts):
+    """Every expert's output, or every token's own factors, in full."""
+    weights = route(x, experts.prototypes, experts.top_k, experts.temperature)
+    if experts.mixing == "outputs":
+        outputs = jnp.einsum("BTI,MIR,MRO->BTMO", x, experts.a, experts.b)
+        return jnp.einsum("BTM,BTMO->BTO", weights, outputs)
+    a = jnp.einsum("BTM,MIR->BTIR", weights, experts.a)
+    b = jnp.einsum("BTM,MRO->BTRO", weights, experts.b)
+    return jnp.einsum("BTI,BTIR,BTRO->BTO", x, a, b)
+
+
+@pytest.mark.parametrize("mixing", ["outputs", "factors"])
+@pytest.mark.parametrize("top_k", [1, 3, 12])
+def test_thin_products_equal_the_naive_mixture(mixing, top_k):
+    experts = library(top_k, 0.7, mixing)
+    np.testing.assert_allclose(routed(X, experts), naive(X, experts), rtol=1e-4, atol=1e-4)
+
+
+def test_the_two_mixings_differ_and_agree_where_one_expert_takes_all():
+    outputs, factors = library(3), library(3, mixing="factors")
+    assert not np.allclose(routed(X, outputs), routed(X, factors), atol=0.1)
+    outputs, factors = library(1), library(1, mixing="factors")
+    np.testing.assert_allclose(routed(X, outputs), routed(X, factors), rtol=1e-5)
+
+
+def test_the_array_of_every_experts_output_never_exists():
+    experts = library()
+    jaxpr = jax.make_jaxpr(lambda x: routed(x, experts))(X)
+    sizes = [v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars]
+    assert max(sizes) < X.size // IN * COUNT * OUT
+
+
+def test_gradients_through_the_router_are_finite_and_reach_the_prototypes():
+    def loss(prototypes):
+        return jnp.sum(routed(X, library().replace(prototypes=prototypes)) ** 2)
+
+    gradient = jax.grad(loss)(library().prototypes)
+    assert jnp.isfinite(gradient).all() and gradient.any()
+
+
+def test_bfloat16_tokens_route_in_float32():
+    experts = library()
+    assert route(X.astype(jnp.bfloat16), experts.prototypes, 3).dtype == jnp.float32
+    assert routed(X.astype(jnp.bfloat16), experts).dtype == jnp.bfloat16

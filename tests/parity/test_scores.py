@@ -1,0 +1,84 @@
+"""Multiple choice on the real model, against the definition computed with transformers on torch."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval import batches, compare, devices, items, prompts, rows, scoring, tasks
+
+ROWS = 100
+DATA = Path(os.environ.get("LORA_JAX_DATA") or Path(__file__).parents[3] / "shared" / "data")
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "brown", "pink")
+THINGS = ("an apple", "the sky", "fresh snow", "a ripe banana", "grass", "coal", "a carrot", "milk")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Where ARC-easy's test rows are; if they are nowhere, rows of our own take their place."""
+    if (DATA / "arc_easy" / "test.jsonl").is_file():
+        return DATA
+    made, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    (made / "arc_easy").mkdir()
+    with (made / "arc_easy" / "test.jsonl").open("w") as file:
+        for _ in range(ROWS):
+            words = draw.sample(COLOURS, draw.randint(3, 5))
+            question = f"What colour is {draw.choice(THINGS)}, of {len(words)} colours?"
+            file.write(json.dumps({"question": question, "choices": words, "label": 0}) + "\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def questions(root, tokenizer):
+    task = tasks.find("arc_easy")
+    form = task.form("plain")
+    found = rows.load_rows(task, form, root, limit=ROWS)
+    surround = prompts.frame("plain", tokenizer)
+    return [prompts.pose(task, form, row, surround) for row in found]
+
+
+@pytest.fixture(scope="module")
+def theirs(questions, tokenizer, torch_model, smollm):
+    """The nats of each choice's tokens and how many of them are the answer's, text by text."""
+    model = torch_model(smollm.folder)
+
+    def nats(prompt, answer):
+        ids = tokenizer(prompt + answer)["input_ids"]
+        with torch.no_grad():
+            chances = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        own = len(ids) - len(tokenizer(prompt)["input_ids"])
+        return -chances[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy(), own
+
+    return [[nats(p, a) for p, a in zip(q.prompts, q.answers, strict=True)] for q in questions]
+
+
+DEFINITIONS = {
+    "answer_mean": lambda nats, own, length: nats[-own:].mean(),
+    "text_mean": lambda nats, own, length: nats.mean(),
+    "sum": lambda nats, own, length: nats[-own:].sum(),
+    "char": lambda nats, own, length: nats[-own:].sum() / length,
+}
+
+
+@pytest.mark.parametrize("score", scoring.SCORES)
+def test_scores(questions, theirs, tokenizer, smollm, root, score, agree, report):
+    asked = items.items(questions, tokenizer, score=score, style="plain", context=2048)
+    run = devices.spread(scoring.score, smollm.config, smollm.weights, "one")
+    planned = batches.plan(asked, tokens=1024, program=20_000)
+    [found] = compare.measure(run, compare.stacks([{}]), planned, "scoring")
+    ours = [scores[: len(q.answers)] for scores, q in zip(found, questions, strict=True)]
+    right = [
+        [DEFINITIONS[score](*pair, length) for pair, length in zip(row, q.lengths, strict=True)]
+        for row, q in zip(theirs, questions, strict=True)
+    ]
+    what = f"{len(questions)} rows of {'ARC-easy' if root == DATA else 'our own'}"
+    agree(f"scores, {score}, {what}", np.concatenate(ours), np.concatenate(right), 1e-3)
+    choices = [(int(np.argmin(a)), int(np.argmin(b))) for a, b in zip(ours, right, strict=True)]
+    label = np.array([q.label for q in questions])
+    accuracy = [np.mean(np.array(side) == label) for side in zip(*choices, strict=True)]
+    assert all(a == b for a, b in choices)
+    report(f"accuracy by {score}, {what}: {accuracy[0]:.2f} here, {accuracy[1]:.2f} there")

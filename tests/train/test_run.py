@@ -1,0 +1,261 @@
+"""A run end to end: what it leaves behind, what it refuses, and that a killed one loses nothing."""
+
+import json
+import random
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import peft
+from lora_jax.errors import InputError
+from lora_jax.files import write_json
+from train import run as run_file
+from train.batches import assemble, epoch_batches
+from train.data import plan_data
+from train.loss import batch_loss
+from train.record import read_metrics
+from train.run import first_adapter, train
+
+LONG = {"steps": 60, "checkpoint_every": 10, "evaluate_every": 15}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """What the runs of this file compile, kept so that runs alike compile once."""
+    make, made = run_file.make_programs, {}
+
+    def kept(config, *rest):
+        elsewhere = {"data": (), "out": Path(), "start_from": None}
+        key = replace(config, resume=False, overwrite=False, **elsewhere), *rest
+        if key not in made:
+            made[key] = make(config, *rest)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_file, "make_programs", kept)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def finished(config_of, base):
+    """The config of a finished run."""
+    config = config_of(**LONG)
+    assert train(config, base) == config.out
+    return config
+
+
+def losses(folder, name="loss"):
+    return [row[name] for row in read_metrics(folder / "metrics.jsonl") if name in row]
+
+
+def weights_of(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def timeless(folder):
+    """A run's metrics but for its speed."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def test_the_loss_falls(finished):
+    course = losses(finished.out)
+    assert len(course) == 60 and np.mean(course[-10:]) < 0.5 * np.mean(course[:5])
+
+
+def test_the_folder_is_whole(finished, base):
+    config = finished
+    names = {path.name for path in config.out.iterdir()}
+    assert names == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoints",
+        "loss.png",
+        "metrics.jsonl",
+        "training.json",
+    }
+    record = json.loads((config.out / "training.json").read_text())
+    assert record["finished"] and record["steps"] == 60 and record["examples"] == 36
+    assert record["config"]["rank"] == 4 and record["base_sha256"] == base.digest
+
+
+def test_the_adapter_is_the_one_of_the_lowest_validation_loss(finished, base):
+    config = finished
+    adapter = peft.load_adapter(config.out, base.config)
+    _, held_out = plan_data(config, base, None)
+    loss = jax.jit(lambda b: batch_loss(base.config, base.weights, adapter, b))
+    batches = [assemble(held_out, rows) for rows in epoch_batches(held_out, 0, 0)]
+    total = sum(float(loss(jax.tree.map(lambda x: x[0], b))) for b in batches)
+    lowest = min(losses(config.out, "validation_loss"))
+    np.testing.assert_allclose(total / sum(b.weights.sum() for b in batches), lowest, rtol=1e-4)
+
+
+def test_each_length_is_compiled_once(finished, programs):
+    (made,) = programs.values()
+    assert made.train._cache_size() == made.validate._cache_size() == 1
+
+
+@pytest.mark.parametrize("layout", ["peft", "pem"])
+def test_ia3_trains_in_both_layouts(config_of, base, layout):
+    config = config_of(kind="ia3", ia3_layout=layout, steps=20, learning_rate=0.1, validation=0.0)
+    train(config, base)
+    course = losses(config.out)
+    assert np.mean(course[-3:]) < np.mean(course[:3])
+    adapter = peft.load_adapter(config.out, base.config)
+    assert adapter.keys() == first_adapter(config, base).keys()
+    assert all(np.any(module.offset) for module in adapter.values())
+
+
+def test_modules_of_one_init_seed_begin_alike(config_of, base):
+    one = first_adapter(config_of(init_seed=3, seed=1), base)
+    two = first_adapter(config_of(init_seed=3, seed=2, targets=("q_proj",)), base)
+    other = first_adapter(config_of(init_seed=4, seed=1), base)
+    path = "self_attn.q_proj"
+    np.testing.assert_array_equal(one[path].a, two[path].a)
+    assert np.any(one[path].a != other[path].a)
+
+
+STILL = {"steps": 1, "learning_rate": 0.0, "validation": 0.0, "checkpoint_every": 0}
+
+
+def test_a_run_can_start_from_an_adapter(config_of, base, finished):
+    config = config_of(start_from=finished.out, **STILL)
+    assert weights_of(train(config, base)) == weights_of(finished.out)
+
+
+def test_an_existing_folder_is_refused_and_survives_a_mistake(finished, base, write_rows):
+    config = finished
+    before = weights_of(config.out)
+    with pytest.raises(InputError, match="exists; choose another --out or pass --overwrite"):
+        train(config, base)
+    for mistake in ({"data": ("absent.jsonl",)}, {"targets": ("q",)}):
+        with pytest.raises(InputError):
+            train(replace(config, overwrite=True, **mistake), base)
+    assert weights_of(config.out) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(config_of, base):
+    config = config_of(**STILL)
+    config.out.mkdir()
+    (config.out / "old.txt").write_text("old")
+    train(replace(config, overwrite=True), base)
+    assert not (config.out / "old.txt").exists()
+    assert len(losses(config.out)) == 1
+
+
+def test_resuming_a_finished_run_says_so(finished, base, capsys):
+    config = finished
+    before = weights_of(config.out)
+    assert train(replace(config, resume=True), base) == config.out
+    assert capsys.readouterr().err == f"{config.out} is finished; nothing is left to resume\n"
+    assert weights_of(config.out) == before
+
+
+def test_resuming_without_a_run_is_refused(config_of, base):
+    with pytest.raises(InputError, match="nothing to resume"):
+        train(config_of(resume=True), base)
+
+
+def test_resuming_with_other_settings_names_them(finished, base):
+    with pytest.raises(InputError, match="--rank was 4, is 8; --learning-rate was"):
+        train(replace(finished, resume=True, rank=8, learning_rate=1.0), base)
+
+
+def started(process, folder, lines):
+    """Waits until a process has written down so many numbers, with a checkpoint among them."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        checkpoints = folder / "checkpoints"
+        saved = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+        if saved and len(read_metrics(folder / "metrics.jsonl")) >= lines:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run was over too soon: {process.communicate()}")
+
+
+@pytest.fixture
+def launched(lora_train, finished, tmp_path):
+    """A function that starts the finished run's like in a process of its own."""
+
+    def launch(*flags, **options):
+        config = replace(finished, out=tmp_path / "out")
+        names = ("base", "out", "length", "rank", "steps", "learning_rate")
+        names += ("checkpoint_every", "evaluate_every")
+        given = [x for n in names for x in (f"--{n.replace('_', '-')}", getattr(config, n))]
+        return config, lora_train(*config.data, *given, *flags, **options)
+
+    return launch
+
+
+def test_a_killed_run_resumes_to_the_same_bits(launched, finished, base):
+    config, process = launched()
+    started(process, config.out, random.randint(12, 45))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (config.out / "adapter_model.safetensors").exists()
+    train(replace(config, resume=True), base)
+    assert weights_of(config.out) == weights_of(finished.out)
+    assert timeless(config.out) == timeless(finished.out)
+
+
+def test_an_interrupted_run_keeps_its_last_step(launched, finished, base):
+    config, process = launched()
+    started(process, config.out, random.randint(12, 45))
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in told
+    step = int(re.search(r"stopped after step (\d+); --resume goes on", told)[1])
+    assert step == max(int(p.name) for p in (config.out / "checkpoints").iterdir())
+    train(replace(config, resume=True), base)
+    assert weights_of(config.out) == weights_of(finished.out)
+    assert timeless(config.out) == timeless(finished.out)
+
+
+def test_a_changed_base_or_data_are_no_resumption(config_of, base, finished):
+    config = config_of(**LONG)
+    config.out.mkdir()
+    record = json.loads((finished.out / "training.json").read_text()) | {"finished": False}
+    for key, name in (("base_sha256", "base model"), ("data_sha256", "data")):
+        write_json(config.out / "training.json", record | {key: "other"})
+        with pytest.raises(InputError, match=f"whose {name} has changed"):
+            train(replace(config, resume=True), base)
+
+
+def test_a_loss_that_is_not_finite_ends_the_command_in_one_line(launched):
+    config, process = launched("--learning-rate", "1e30", "--clip", "0")
+    _, told = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in told
+    error = told.strip().splitlines()[-1]
+    step = int(re.match(r"error: step (\d+) gave loss (nan|inf)", error)[1])
+    assert f"its batch begins with {config.data[0]} line" in error
+    assert (config.out / "checkpoints" / str(step - 1)).is_dir()
+
+
+MESHES = """
+from pathlib import Path
+from train.config import Config
+from train.record import read_metrics
+from train.run import train
+
+settings = dict(data=({data!r},), base={base!r}, length=64, rank=4, steps=8, learning_rate=3e-2,
+                checkpoint_every=0, validation=0.0)
+for name, mesh in dict(one=(1, 1, 1), data=(8, 1, 1), mixed=(2, 2, 2)).items():
+    sizes = dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), mesh))
+    out = train(Config(out=Path({out!r}) / name, **settings, **sizes))
+    print([row["loss"] for row in read_metrics(out / "metrics.jsonl")])
+"""
+
+
+def test_eight_devices_train_as_one_does(run_on_devices, sums, base_folder, tmp_path):
+    code = MESHES.format(data=sums, base=str(base_folder), out=str(tmp_path))
+    one, *others = (json.loads(line) for line in run_on_devices(code).splitlines())
+    assert len(one) == 8 and one[-1] < one[0]
+    for course in others:  # the order of sums differs, so the curves part in the last digits
+        np.testing.assert_allclose(course, one, rtol=1e-3)

@@ -1,0 +1,69 @@
+"""A run's data: read, limited, split into trained and held out, and planned as batches."""
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lora_jax.bases import Base
+from lora_jax.errors import InputError
+from lora_jax.mesh import rows_multiple
+from lora_jax.tokens import load_tokenizer
+from train.batches import Plan, make_plan
+from train.config import Config
+from train.examples import Example, Loaded, load_examples
+from train.record import say
+
+
+def plan_data(config: Config, base: Base, mesh: Mesh | None) -> tuple[Plan, Plan | None]:
+    """The batches to train on, and the held-out ones if there are any."""
+    reach = _reach(config, base)
+    tokenizer = load_tokenizer(base.folder)
+    loaded = load_examples(config, config.data, tokenizer, config.limit)
+    _tell(loaded, config, ", ".join(config.data))
+    if config.validation_data:
+        apart = load_examples(config, config.validation_data, tokenizer)
+        _tell(apart, config, ", ".join(config.validation_data))
+        examples, held = list(loaded.examples), list(apart.examples)
+    else:
+        examples, held = split(loaded.examples, config.validation, config.seed)
+    size = {
+        "batch": config.batch,
+        "pack": reach if config.pack else 0,
+        "multiple": rows_multiple(mesh),
+    }
+    plan = make_plan(examples, accumulate=config.accumulate, **size)
+    return plan, make_plan(held, accumulate=1, **size) if held else None
+
+
+def _reach(config: Config, base: Base) -> int:
+    """The most tokens a row can have; refused if the base model cannot read so many."""
+    few = config.objective == "next-tokens"
+    reach = config.context + config.predict if few else config.length
+    if reach > base.config.context:
+        flags = "--context and --predict" if few else "--length"
+        raise InputError(
+            f"rows of {reach} tokens exceed the base model's context of {base.config.context}; "
+            f"lower {flags}"
+        )
+    return reach
+
+
+def _tell(loaded: Loaded, config: Config, where: str) -> None:
+    """Says how many rows were cut, and how many have nothing to learn."""
+    count = len(loaded.examples) + loaded.lost
+    if loaded.cut:
+        say(f"{where}: {loaded.cut} of {count} rows are cut to --length {config.length}")
+    if loaded.lost:
+        say(f"{where}: {loaded.lost} of {count} rows are left out, with nothing to learn in reach")
+
+
+def split(
+    examples: tuple[Example, ...], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """The examples without a held-out share, and that share, drawn by the seed."""
+    count = round(share * len(examples))
+    order = np.random.default_rng((seed, 0)).permutation(len(examples))
+    if count == len(examples):
+        raise InputError(
+            f"{len(examples)} examples are too few to hold out {share:g}; lower --validation"
+        )
+    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in order[:count]]
