@@ -61,7 +61,7 @@ def pad_rank(module: LoRA, rank: int) -> LoRA:
     lead = [(0, 0)] * (module.a.ndim - 2)
     a = jnp.pad(module.a, [*lead, (0, 0), (0, more)])
     b = jnp.pad(module.b, [*lead, (0, more), (0, 0)])
-    return module.replace(a=a, b=b)
+    return LoRA(a, b, module.scale)
 
 
 def common_rank(modules: Sequence[LoRA]) -> list[LoRA]:

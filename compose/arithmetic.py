@@ -35,7 +35,7 @@ def delta_sum(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
 
     def add(modules: list[LoRA], weights: list[Weight]) -> LoRA:
         pairs = zip(modules, weights, strict=True)
-        return concat([module.replace(b=_times(w, module.b)) for module, w in pairs])
+        return concat([LoRA(m.a, _times(w, m.b), m.scale) for m, w in pairs])
 
     return _sum(adapters, weights, add)
 
@@ -76,11 +76,11 @@ def _sum(adapters: Sequence[Adapter], weights: Weights, add: Add) -> Adapter:
 
 
 def _add(path: str, modules: list[Module], weights: list[Weight], add: Add) -> Module:
-    match modules[0]:
-        case LoRA():
-            return add(modules, weights)
-        case IA3(on=on):
-            return IA3(_total(weights, [module.offset for module in modules]), on)
+    """One projection's sum; `by_projection` has seen to it that the modules are of one kind."""
+    if loras := [module for module in modules if isinstance(module, LoRA)]:
+        return add(loras, weights)
+    if scalings := [module for module in modules if isinstance(module, IA3)]:
+        return IA3(_total(weights, [module.offset for module in scalings]), scalings[0].on)
     raise InputError(f"{path}: routed experts cannot be summed; combine the library's modules")
 
 
@@ -97,7 +97,7 @@ def _times(weight: Weight, x: jax.Array) -> jax.Array:
 def average(
     adapters: Sequence[Adapter], weights: Weights | None = None, *, space: Space
 ) -> Adapter:
-    """The sum with weights divided by their total (PEM, section 3.1); all alike by default."""
+    """The sum with weights divided by their total, as in PEM; all alike by default."""
     if not len(adapters):
         raise InputError("the average of no modules is undefined; give at least one")
     weights = [1.0] * len(adapters) if weights is None else weights
@@ -113,7 +113,7 @@ def scale(adapter: Adapter, weight: Weight, *, space: Space) -> Adapter:
 def negate(adapter: Adapter, strength: Weight = 1.0) -> Adapter:
     """-λ times the module's delta, in either space: b becomes -λb; IA3's l becomes 1 - λ(l - 1).
 
-    PEM, section 3.2, and its scaled unlearning. Negating both factors would change nothing.
+    PEM's negation and its scaled unlearning. Negating both factors would change nothing.
     """
     return delta_sum([adapter], [-strength])
 
@@ -126,7 +126,7 @@ def subtract(x: Adapter, y: Adapter, *, space: Space) -> Adapter:
 def analogy(
     task: Adapter, target: Adapter, source: Adapter, weight: Weight, *, space: Space
 ) -> Adapter:
-    """PEM's domain transfer (section 3.3): λ·task ⊕ (1-λ)·(target ⊖ source).
+    """PEM's domain transfer: λ·task ⊕ (1-λ)·(target ⊖ source).
 
     `task` was trained on the source domain; `target` and `source` model each domain's language.
     In factor space a = λa₁ + (1-λ)a₂ + (1-λ)a₃ and b = λb₁ + (1-λ)b₂ - (1-λ)b₃.
@@ -135,7 +135,7 @@ def analogy(
 
 
 def detox(instructed: Adapter, toxic: Adapter, strength: Weight, *, space: Space) -> Adapter:
-    """PEM's Alpaca-LoRA formula (section 4.6): θ ⊕ c·(θ ⊖ toxic), toxic trained on from θ.
+    """PEM's Alpaca-LoRA formula: θ ⊕ c·(θ ⊖ toxic), toxic trained on from θ.
 
     In factor space it is a that bears the minus: a + c(a - a'), b + c(b + b').
     """

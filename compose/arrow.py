@@ -1,6 +1,6 @@
 """Arrow: routing over a library with no training, by what each module amplifies most.
 
-Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs", section 3.2.
+Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs".
 `lora_jax.routing` applies what is built here.
 """
 
@@ -18,6 +18,7 @@ from compose.library import Library, Routing, stack
 from compose.lowrank import svd
 from lora_jax import models
 from lora_jax.errors import InputError
+from lora_jax.llama import Observe
 from lora_jax.modules import Adapter, Experts, LoRA, Module
 from lora_jax.routing import route
 
@@ -76,7 +77,7 @@ def applied(value: Adapter | Library) -> Adapter:
     return route_library(value, **dataclasses.asdict(value.routing))
 
 
-def observe_routing(mask: Array):
+def observe_routing(mask: Array) -> Observe:
     """An `observe` for `models.forward` that gives each projection's routing, over real tokens.
 
     `mask` (B, T) is true at real tokens. Gives {"share": (M,), the mean weight of each module,
@@ -110,11 +111,13 @@ def routing_statistics(
     """
     segments = jnp.ones_like(tokens) if segments is None else segments
     observed = jax.device_get(_observed(config, weights, adapter, tokens, segments))
-    result = {path: dict(found) for path, found in observed.items() if found}
-    for path, found in result.items():
-        bound = np.log(adapter[path].top_k)
-        found["relative_entropy"] = found["entropy"] / bound if bound else found["entropy"]
-    return result
+    experts = {path: module for path, module in adapter.items() if isinstance(module, Experts)}
+    return {path: _with_bound(observed[path], module.top_k) for path, module in experts.items()}
+
+
+def _with_bound(found: dict[str, np.ndarray], top_k: int) -> dict[str, np.ndarray]:
+    bound = np.log(top_k) or 1.0  # a token with one module has no entropy to relate
+    return {**found, "relative_entropy": found["entropy"] / bound}
 
 
 @partial(jax.jit, static_argnames="config")

@@ -10,6 +10,7 @@ from compose import provenance, summary
 from compose.cli import Command
 from compose.expression import refuse_rank, resolve
 from compose.folder import save_library
+from compose.functions import Value
 from compose.geometry import recompress_members
 from compose.inputs import base_name, load_input
 from compose.library import Library
@@ -25,37 +26,34 @@ DEFAULT_BASE = "smollm2-135m"
 def run(command: Command) -> None:
     """Composes, saves the result with its provenance, and prints what came out."""
     refuse_existing(command.out, command.overwrite)
-    folders = _folders(command.inputs)
-    refuse_unknown(command.expression, folders)
-    if command.rank is not None:
-        refuse_rank(command.space, command.rank)
-    used = {name: folders[name] for name in folders if name in names(command.expression)}
+    folders = _used(command)
     prepare()
-    base, config = _base(command.base, used)
-    inputs = {name: load_input(folder, config) for name, folder in used.items()}
+    base, config = _base(command.base, folders)
+    inputs = {name: load_input(folder, config) for name, folder in folders.items()}
     result, errors = resolve(command.expression, inputs, space=command.space), {}
     if command.rank is not None:
         result, errors = recompress_members(result, command.rank)
     record = provenance.record(
         command.expression,
-        used,
+        folders,
         space=command.space,
         rank=command.rank,
         base_name=base,
         errors=errors,
     )
-    save = save_library if isinstance(result, Library) else peft.save_adapter
-    extra = {provenance.FILE: record}
-    save(
-        command.out,
-        result,
-        config,
-        base_name=base,
-        extra=extra,
-        overwrite=command.overwrite,
-    )
+    _save(command, result, config, base, {provenance.FILE: record})
     _print(inputs, result, errors)
     print(command.out)
+
+
+def _used(command: Command) -> dict[str, Path]:
+    """The folders of the inputs in use, once all that can be checked without them is in order."""
+    folders = _folders(command.inputs)
+    refuse_unknown(command.expression, folders)
+    if command.rank is not None:
+        refuse_rank(command.space, command.rank)
+    wanted = names(command.expression)
+    return {name: folder for name, folder in folders.items() if name in wanted}
 
 
 def _folders(given: tuple[str, ...]) -> dict[str, Path]:
@@ -88,7 +86,15 @@ def _base(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.C
     return DEFAULT_BASE, checkpoint.read_config(bases.locate(DEFAULT_BASE))
 
 
-def _print(inputs, result, errors) -> None:
+def _save(command: Command, result: Value, config: models.Config, base: str, extra: dict) -> None:
+    out, over = command.out, command.overwrite
+    if isinstance(result, Library):
+        save_library(out, result, config, base_name=base, extra=extra, overwrite=over)
+    else:
+        peft.save_adapter(out, result, config, base_name=base, extra=extra, overwrite=over)
+
+
+def _print(inputs: Mapping[str, Value], result: Value, errors: provenance.Errors) -> None:
     console = Console(highlight=False)
     console.print(summary.sizes(inputs, result, errors))
     if (cosines := summary.cosines(inputs)) is not None:

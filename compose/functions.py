@@ -1,6 +1,7 @@
 """The functions that an expression may call; their parameters are the ones a user sees."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from compose import arithmetic
 from compose.arithmetic import Space
@@ -25,21 +26,18 @@ def negate(module: Value, strength: float = 1.0, *, space: Space) -> Value:
 def analogy(task: Value, target: Value, source: Value, weight: float, *, space: Space) -> Value:
     """weight·task + (1 - weight)·(target - source)."""
     return each(
-        lambda *m: arithmetic.analogy(*m, weight, space=space),
-        task,
-        target,
-        source,
+        lambda x, y, z: arithmetic.analogy(x, y, z, weight, space=space), task, target, source
     )
 
 
 def detox(instructed: Value, toxic: Value, strength: float, *, space: Space) -> Value:
     """instructed + strength·(instructed - toxic), as PEM does it for Alpaca-LoRA."""
-    return each(lambda *m: arithmetic.detox(*m, strength, space=space), instructed, toxic)
+    return each(lambda x, y: arithmetic.detox(x, y, strength, space=space), instructed, toxic)
 
 
 def gks(task: Value, general: Value, strength: float = 1.0, *, space: Space) -> Value:
     """The task module less strength times the general one, as GenKnowSub does it."""
-    return each(lambda *m: without(*m, strength=strength, space=space), task, general)
+    return each(lambda x, y: without(x, y, strength=strength, space=space), task, general)
 
 
 def library(*modules: Library, space: Space) -> Library:
@@ -58,7 +56,7 @@ def arrow(
     routing = Routing(top_k, temperature, mixing)
     whole = join(modules)
     refuse_routing(routing, len(whole.names))
-    return whole.replace(routing=routing)
+    return replace(whole, routing=routing)
 
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {

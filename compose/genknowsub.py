@@ -1,4 +1,4 @@
-"""Modules with general knowledge taken out: Bagherifard et al., "GenKnowSub", section 2."""
+"""Modules with general knowledge taken out: GenKnowSub (arXiv 2505.10939)."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """How large whole modules are, how alike, and how few ranks hold them."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -29,12 +31,19 @@ def _size(path: str, module: Module) -> Array:
 
 def inner(x: Adapter, y: Adapter) -> Array:
     """The inner product () of what two modules add, over the projections that both change."""
-    both = [pair for pair in by_projection([x, y]).values() if None not in pair]
-    return sum((jnp.sum(_inner(*pair)) for pair in both), jnp.zeros(()))
+    pairs = by_projection([x, y]).values()
+    return sum((jnp.sum(_inner(*pair)) for pair in pairs), jnp.zeros(()))
 
 
-def _inner(x: Module, y: Module) -> Array:
-    return lowrank.inner(x, y) if isinstance(x, LoRA) else jnp.sum(x.offset * y.offset, axis=-1)
+def _inner(x: Module | None, y: Module | None) -> Array:
+    match x, y:
+        case LoRA(), LoRA():
+            return lowrank.inner(x, y)
+        case IA3(), IA3():
+            return jnp.sum(x.offset * y.offset, axis=-1)
+        case (None, _) | (_, None):
+            return jnp.zeros(())
+    raise InputError("routed experts have no inner product; measure the library's modules")
 
 
 def cosine(x: Adapter, y: Adapter) -> Array:
@@ -65,5 +74,5 @@ def recompress_members(
         small, errors = recompress(value, rank)
         return small, {"": errors}
     pairs = [recompress(member, rank) for member in value.adapters]
-    small = value.replace(adapters=tuple(member for member, _ in pairs))
+    small = replace(value, adapters=tuple(member for member, _ in pairs))
     return small, {name: errors for name, (_, errors) in zip(value.names, pairs, strict=True)}

@@ -19,6 +19,7 @@ from lora_jax.modules import Adapter
 
 Inputs = Mapping[str, Adapter | Library]
 Value = float | Adapter | Library
+Parts = list[Any]  # a node's trees and tokens
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,20 @@ class Scope:
 
 def value_of(node: Tree, scope: Scope) -> Value:
     """What a node stands for; an error in what it does points at it."""
+    parts: Parts = node.children
     try:
         match node.data:
             case "number":
-                return _literal(node.children[0], scope)
+                return _literal(parts[0], scope)
             case "name":
-                return scope.inputs[node.children[0]]
+                return scope.inputs[parts[0]]
             case "negative":
-                return _scaled(value_of(node.children[1], scope), -1.0, scope)
+                return _scaled(value_of(parts[1], scope), -1.0, scope)
             case "product":
-                return _product(node, scope)
+                return _product(parts, scope)
             case "sum":
-                return _sum(node, scope)
-        return _call(node, scope)
+                return _sum(parts, scope)
+        return _call(parts, scope)
     except ExpressionError:
         raise
     except InputError as error:
@@ -87,23 +89,25 @@ def _scaled(value: Value, weight: float, scope: Scope) -> Value:
     return each(lambda m: arithmetic.scale(m, weight, space=scope.space), value)
 
 
-def _sum(node: Tree, scope: Scope) -> Value:
+def _sum(parts: Parts, scope: Scope) -> Value:
     """Terms added and subtracted, in one weighted sum."""
-    terms, signs = node.children[::2], node.children[1::2]
+    terms, signs = parts[::2], parts[1::2]
     weights = [1.0] + [-1.0 if sign.type == "MINUS" else 1.0 for sign in signs]
     values = [value_of(term, scope) for term in terms]
-    if all(isinstance(value, float) for value in values):
-        return sum(w * v for w, v in zip(weights, values, strict=True))
+    numbers = [value for value in values if isinstance(value, float)]
+    modules = [value for value in values if not isinstance(value, float)]
+    if not modules:
+        return sum(w * v for w, v in zip(weights, numbers, strict=True))
     for term, value in zip(terms, values, strict=True):
         if isinstance(value, float):
             raise scope.error(term, f"the number {value:g} cannot be added to a module")
-    return each(lambda *m: arithmetic.weighted_sum(m, weights, space=scope.space), *values)
+    return each(lambda *m: arithmetic.weighted_sum(m, weights, space=scope.space), *modules)
 
 
-def _product(node: Tree, scope: Scope) -> Value:
+def _product(parts: Parts, scope: Scope) -> Value:
     """Numbers multiplied and divided, and at most one module among them."""
-    value = value_of(node.children[0], scope)
-    for operator, operand in zip(node.children[1::2], node.children[2::2], strict=True):
+    value = value_of(parts[0], scope)
+    for operator, operand in zip(parts[1::2], parts[2::2], strict=True):
         other = value_of(operand, scope)
         if operator.type == "OVER":
             if not isinstance(other, float):
@@ -119,11 +123,12 @@ def _product(node: Tree, scope: Scope) -> Value:
     return value
 
 
-def _call(node: Tree, scope: Scope) -> Value:
+def _call(parts: Parts, scope: Scope) -> Value:
     """A function applied: its arguments bound as Python binds them, then evaluated."""
-    name, *arguments = node.children
+    token, *arguments = parts
+    name = str(token)
     if name not in FUNCTIONS:
-        raise scope.error(name, f"unknown function {str(name)!r}; there are {', '.join(FUNCTIONS)}")
+        raise scope.error(token, f"unknown function {name!r}; there are {', '.join(FUNCTIONS)}")
     keywords = {str(n.children[0]): n.children[1] for n in arguments if n.data == "keyword"}
     positional = [n for n in arguments if n.data != "keyword"]
     shown = {p: v for p, v in inspect.signature(FUNCTIONS[name]).parameters.items() if p != "space"}
@@ -131,7 +136,7 @@ def _call(node: Tree, scope: Scope) -> Value:
     try:
         bound = signature.bind(*positional, **keywords)
     except TypeError as error:
-        raise scope.error(name, f"{_usage(name, signature)}: {error}") from None
+        raise scope.error(token, f"{_usage(name, signature)}: {error}") from None
     for key, given in bound.arguments.items():
         bound.arguments[key] = _argument(shown[key], given, scope)
     return FUNCTIONS[name](*bound.args, **bound.kwargs, space=scope.space)

@@ -1,7 +1,7 @@
 """Libraries: several modules of one base model, by name; and adapters stacked along an axis M."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Library:
 
     def map(self, function: Callable[[Adapter], Adapter]) -> "Library":
         """The library with `function` applied to each of its modules."""
-        return self.replace(adapters=tuple(map(function, self.adapters)))
+        return replace(self, adapters=tuple(map(function, self.adapters)))
 
 
 def join(libraries: Sequence[Library]) -> Library:
@@ -69,9 +69,9 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def _stack_modules(modules: list[Module | None]) -> Module:
-    present = [module for module in modules if module is not None]
-    if isinstance(present[0], LoRA):
-        present = common_rank(common_scale(present))
+    loras = [module for module in modules if isinstance(module, LoRA)]
+    others = [module for module in modules if not isinstance(module, LoRA | None)]
+    present = common_rank(common_scale(loras)) if loras else others
     zero, ready = jax.tree.map(jnp.zeros_like, present[0]), iter(present)
     filled = [zero if module is None else next(ready) for module in modules]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)

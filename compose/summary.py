@@ -1,7 +1,8 @@
 """What was composed, as tables: how large each module is, and how alike the inputs are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import jax
 import numpy as np
 from rich.table import Table
 
@@ -24,9 +25,13 @@ def members(name: str, value: Adapter | Library) -> list[Named]:
     return list(zip(names, value.adapters, strict=True))
 
 
-def sizes(inputs: Mapping[str, Adapter | Library], result: Adapter | Library, errors: Errors):
+def sizes(
+    inputs: Mapping[str, Adapter | Library], result: Adapter | Library, errors: Errors
+) -> Table:
     """A table of every module's kind and norm, and what recompression cost the result."""
-    table = Table("module", "what it is", caption=_caption(result))
+    table = Table(caption=_caption(result))
+    table.add_column("module", overflow="fold")
+    table.add_column("what it is")
     table.add_column("norm", justify="right")
     table.add_column("lost to rank", justify="right")
     for name, adapter in _all_members(inputs):
@@ -50,10 +55,10 @@ def _caption(result: Adapter | Library) -> str | None:
     return f"routed by Arrow: top {r.top_k}, temperature {r.temperature:g}, mixing {r.mixing}"
 
 
-def _lost(by_path: Mapping[str, Sequence[float]]) -> str:
+def _lost(by_path: Mapping[str, jax.Array]) -> str:
     """The mean and the largest relative truncation error over layers and projections."""
     flat = np.concatenate([np.ravel(error) for error in by_path.values()] or [np.zeros(1)])
-    return f"{flat.mean():.2%} (at most {flat.max():.2%})"
+    return f"{flat.mean():.1%} (max {flat.max():.1%})"
 
 
 def cosines(inputs: Mapping[str, Adapter | Library]) -> Table | None:

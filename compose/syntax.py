@@ -51,7 +51,7 @@ def parse(text: str) -> Tree:
     except UnexpectedCharacters as error:
         raise pointed(text, error.pos_in_stream, f"unexpected {error.char!r}") from None
     except UnexpectedInput as error:
-        token = getattr(error, "token", "")
+        token = getattr(error, "token", None)
         if not token:
             raise pointed(text, len(text.rstrip()), "the expression ends too early") from None
         raise pointed(text, token.start_pos, f"unexpected {str(token)!r}") from None
@@ -72,8 +72,9 @@ def refuse_unknown(text: str, known: Collection[str]) -> None:
             raise pointed(text, node.meta.start_pos, message)
 
 
-def pointed(text: str, place: int, message: str) -> ExpressionError:
+def pointed(text: str, place: int | None, message: str) -> ExpressionError:
     """An error that shows the line of the expression and a caret under the character at `place`."""
+    place = place or 0
     start = text.rfind("\n", 0, place) + 1
     line = text[start:].split("\n", 1)[0]
     column = place - start

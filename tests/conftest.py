@@ -3,10 +3,6 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling, not running, is what tiny programs cost: without its optimizer XLA takes a third.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import json
@@ -21,6 +17,9 @@ import pytest
 
 from lora_jax import checkpoint, models, modules, table
 
+# Compiling, not running, is what tiny programs cost: without its optimizer XLA takes a third.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 SPECIAL = ("<|im_start|>", "<|im_end|>")  # ids 256 and 257, after the 256 bytes
@@ -28,6 +27,10 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_configure(config):
+    os.environ.setdefault("XLA_FLAGS", QUICK if "not parity" in config.option.markexpr else "")
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def train(config: Config, base: Base | None = None) -> Path:
     base = base or load_base(config.base, mesh=mesh)
     plan, held_out = plan_data(config, base, mesh)
     steps = config.steps or max(round(config.epochs * plan.steps), 1)
-    programs = make_programs(config, base.config, steps)
+    programs = make_programs(config, base.config, steps, mesh)
     state = programs.start(first_adapter(config, base))
     # Committed to its place, as restored and validated states are, or each kind would compile anew.
     state = jax.device_put(state, replicated(mesh) if mesh is not None else jax.devices()[0])

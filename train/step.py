@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
 from lora_jax import models
+from lora_jax.mesh import replicated
 from lora_jax.modules import Adapter
 from lora_jax.project import Dropout
 from train.config import Config
@@ -63,8 +65,13 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warm]) if warm else after
 
 
-def make_programs(config: Config, model: models.Config, steps: int) -> Programs:
-    """The programs of a run: start a state, take a step, validate."""
+def make_programs(
+    config: Config, model: models.Config, steps: int, mesh: Mesh | None = None
+) -> Programs:
+    """The programs of a run: start a state, take a step, validate.
+
+    On a mesh the state stays whole on every device, as modules are small.
+    """
     optimizer, schedule = make_optimizer(config, steps), make_schedule(config, steps)
 
     def start(adapter: Adapter) -> State:
@@ -115,4 +122,7 @@ def make_programs(config: Config, model: models.Config, steps: int) -> Programs:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         return batch_loss(model, weights, adapter, flat), flat.weights.sum()
 
-    return Programs(jax.jit(start), jax.jit(train, donate_argnums=1), jax.jit(validate))
+    # Said outright, or the compiler cuts the state as it likes and the second step compiles anew.
+    placed = None if mesh is None else replicated(mesh)
+    step = jax.jit(train, donate_argnums=1, out_shardings=(placed, None))
+    return Programs(jax.jit(start), step, jax.jit(validate))

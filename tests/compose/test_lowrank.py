@@ -125,3 +125,24 @@ def test_no_array_of_input_by_output_size_is_formed():
 def test_rank_below_one_is_refused():
     with pytest.raises(InputError, match="at least 1; got 0"):
         lowrank.recompress(module(0), 0)
+
+
+def test_accelerators_decompose_all_matrices_at_once():
+    m = module(0)
+    program = jax.jit(lambda a, b: lowrank.svd(LoRA(a, b))).trace(m.a, m.b)
+    for platform, looped in (("cpu", True), ("cuda", False)):
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == looped
+
+
+@pytest.mark.slow
+def test_many_decompositions_at_once_do_not_wait_for_each_other(run_on_devices):
+    code = """
+import jax, jax.numpy as jnp
+from compose import lowrank
+from lora_jax.modules import LoRA
+a, b = jnp.ones((30, 576, 16)), jnp.ones((30, 16, 576))
+many = jax.jit(lambda a: [lowrank.svd(LoRA(a + n, b))[1] for n in range(4)])
+print(sum(float(s.sum()) > 0 for s in many(a)))
+"""
+    assert run_on_devices(code, devices=1).strip() == "4"

@@ -49,43 +49,28 @@ def command(monkeypatch, base_folder, root):
     return run
 
 
-@pytest.mark.parametrize("style", ["plain", "chat"])
-def test_measures_and_writes(command, root, tmp_path, capsys, style):
-    out = tmp_path / "out"
+def test_measures_and_writes(command, root, tmp_path, capsys):
     command(
-        *("arc_easy", "--task-file", str(root / "mine.json"), "--text", str(root / "some.txt")),
-        *(
-            "--adapters",
-            f"a={root / 'a'}",
-            f"b={root / 'b'}",
-            "--compare",
-            "a",
-            "base",
-            "half=0.5*a",
-        ),
-        *(
-            "--window",
-            "64",
-            "--stride",
-            "32",
-            "--format",
-            style,
-            "--generate",
-            "Hello",
-            "--most",
-            "4",
-        ),
-        *("--out", str(out)),
+        *f"arc_easy --task-file {root}/mine.json --text {root}/some.txt".split(),
+        *f"--adapters a={root}/a b={root}/b --compare a base half=0.5*a".split(),
+        *f"--window 64 --stride 32 --out {tmp_path}/out".split(),
     )
-    found = json.loads((out / "results.json").read_text())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [line["column"] for line in found["numbers"]] == ["a", "base", "half"] * 3
     assert [task["task"] for task in found["tasks"]] == ["arc_easy", "mine", "some"]
     assert len(found["tasks"][0]["examples"][0]["scores"]["base"]) == 2
     assert len(found["tasks"][0]["sha256"]) == 64
     assert found["provenance"]["columns"]["half"] == "0.5*a"
     assert len(found["provenance"]["adapters"]["a"]["sha256"]) == 64
-    assert (out / "accuracy.png").exists()
-    assert capsys.readouterr().out.splitlines()[-1] == str(out / "results.json")
+    assert (tmp_path / "out" / "accuracy.png").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "results.json")
+
+
+def test_replies_without_a_task(command, tmp_path, capsys):
+    command(*f"--generate Hello --format chat --most 4 --out {tmp_path}/out".split())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["replies"]["prompts"] == ["Hello"] and found["numbers"] == []
+    assert "Hello" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -97,17 +82,18 @@ def test_measures_and_writes(command, root, tmp_path, capsys, style):
         (["piqa"], "piqa/validation.jsonl does not exist"),
         (["arc_easy", "--adapters", "a=/nowhere"], "/nowhere"),
         (["arc_easy", "--compare", "zzz"], "zzz"),
-        (["arc_easy", "--out", "."], "exists; choose another --out or pass --overwrite"),
+        (["arc_easy", "--out", "full"], "exists; choose another --out or pass --overwrite"),
     ],
 )
 def test_what_cannot_be_is_one_line(command, capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "occupied").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.json").write_text("")
     with pytest.raises(SystemExit) as left:
         command(*arguments)
-    told = capsys.readouterr().err.strip().splitlines()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert left.value.code == 2
-    assert told[-1].startswith("error: ") and message in told[-1]
+    assert len(told) == 1 and message in told[0]
 
 
 def test_help_answers_at_once():

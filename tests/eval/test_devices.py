@@ -29,8 +29,8 @@ for how in ("one", "mesh", "pmap"):
     read = devices.spread(perplexity.window_nll, config, placed, how)
     planned = batches.plan(questions, program=500, **size)
     windows = perplexity.batches(perplexity.windows(text, 32, 16), **size)
-    parts = [compare.measure(score, compare.stacks(c), planned, how) for c in ([{}, lora], [{}])]
-    parts.append(compare.measure(read, compare.stacks([lora, {}]), windows, how))
+    parts = [compare.measure(score, compare.stacks([{}, lora]), planned, how),
+             compare.measure(read, compare.stacks([{}]), windows, how)]
     found[how] = [np.array(part).tolist() for part in parts]
 print(json.dumps([jax.device_count(), found]))
 """

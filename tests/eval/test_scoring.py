@@ -8,7 +8,7 @@ from eval import batches, compare, devices, scoring
 
 
 def measured(run, adapters, items, **size):
-    planned = batches.plan(items, **{"tokens": 200, "program": 100} | size)
+    planned = batches.plan(items, **{"tokens": 10_000, "program": 10_000} | size)
     return compare.measure(run, compare.stacks(adapters), planned, "test")
 
 

@@ -164,7 +164,7 @@ def test_gradients(tmp_path, config, weights, theirs, rows, kind, name, agree):
         return -jnp.mean(jnp.take_along_axis(chances, rows[:, 1:, None], axis=-1))
 
     value, slopes = jax.jit(jax.value_and_grad(loss))(adapter)
-    labels = torch.tensor(rows)
+    labels = torch.tensor(rows).long()
     out = model(labels, labels=labels)
     out.loss.backward()
     agree(f"{kind} loss, {name}", value, out.loss.item(), 1e-5)

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lora_jax import bases, tokens
+from train import run as run_file
 from train.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,13 +71,38 @@ def config_of(base_folder, sums, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs():
+    """What the runs here compile, kept so that runs alike compile once."""
+    make, made = run_file.make_programs, {}
+
+    def kept(config, *rest):
+        elsewhere = {"data": (), "out": Path(), "start_from": None}
+        key = replace(config, resume=False, overwrite=False, **elsewhere), *rest
+        if key not in made:
+            made[key] = make(config, *rest)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_file, "make_programs", kept)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def finished(config_of, base):
+    """The config of a finished run."""
+    config = config_of(steps=60, checkpoint_every=10, evaluate_every=15)
+    assert run_file.train(config, base) == config.out
+    return config
+
+
 @pytest.fixture(scope="session")
 def lora_train(tmp_path_factory):
-    """A function that starts `lora-train` as a process of its own; `before` is code run first."""
+    """A function that starts `lora-train` as a process of its own."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(*arguments: object, before: str = "") -> subprocess.Popen:
-        code = f"{before}\nfrom train.cli import main\nmain()"
+    def start(*arguments: object) -> subprocess.Popen:
+        code = "from train.cli import main; main()"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "LORA_JAX_CACHE": str(cache)}
         command = [sys.executable, "-c", code, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

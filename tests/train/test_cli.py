@@ -16,7 +16,7 @@ HELP = "from train.cli import main; main()"
 
 
 def seconds(root, code, *arguments):
-    """The processor time of the fastest of three runs: unlike the clock, it does not count others."""
+    """The processor time of the fastest of three runs, which counts nobody else's work."""
 
     def used():
         children = resource.getrusage(resource.RUSAGE_CHILDREN)

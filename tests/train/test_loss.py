@@ -90,7 +90,9 @@ def test_batch_loss_is_cross_entropy_of_the_next_tokens(
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)
 
 
-def test_filling_changes_neither_loss_nor_gradient(config, weights, random_lora, batch):
+def test_filling_and_empty_rows_change_neither_loss_nor_gradient(
+    config, weights, random_lora, batch
+):
     adapter = random_lora(config)
 
     @jax.jit
@@ -100,10 +102,14 @@ def test_filling_changes_neither_loss_nor_gradient(config, weights, random_lora,
     def widen(x, fill):
         return jnp.pad(x, ((0, 0), (0, 5)), constant_values=fill)
 
+    def add_rows(x):
+        return jnp.pad(x, ((0, 2), (0, 0)))
+
     filled = batch.replace(
         scored=widen(batch.scored, 3),
         targets=widen(batch.targets, 9),
         weights=widen(batch.weights, 0),
     )
-    ours, theirs = value(filled), value(batch)
+    ours, theirs = value(jax.tree.map(add_rows, filled)), value(batch)
+    assert np.isfinite(ours[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), ours, theirs)

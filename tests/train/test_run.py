@@ -1,12 +1,7 @@
-"""A run end to end: what it leaves behind, what it refuses, and that a killed one loses nothing."""
+"""A run end to end: what it leaves behind, what it starts from, and what it refuses."""
 
 import json
-import random
-import re
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,40 +9,11 @@ import pytest
 
 from lora_jax import peft
 from lora_jax.errors import InputError
-from lora_jax.files import write_json
-from train import run as run_file
 from train.batches import assemble, epoch_batches
 from train.data import plan_data
 from train.loss import batch_loss
 from train.record import read_metrics
 from train.run import first_adapter, train
-
-LONG = {"steps": 60, "checkpoint_every": 10, "evaluate_every": 15}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs():
-    """What the runs of this file compile, kept so that runs alike compile once."""
-    make, made = run_file.make_programs, {}
-
-    def kept(config, *rest):
-        elsewhere = {"data": (), "out": Path(), "start_from": None}
-        key = replace(config, resume=False, overwrite=False, **elsewhere), *rest
-        if key not in made:
-            made[key] = make(config, *rest)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_file, "make_programs", kept)
-        yield made
-
-
-@pytest.fixture(scope="module")
-def finished(config_of, base):
-    """The config of a finished run."""
-    config = config_of(**LONG)
-    assert train(config, base) == config.out
-    return config
 
 
 def losses(folder, name="loss"):
@@ -56,12 +22,6 @@ def losses(folder, name="loss"):
 
 def weights_of(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def timeless(folder):
-    """A run's metrics but for its speed."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
 def test_the_loss_falls(finished):
@@ -97,8 +57,8 @@ def test_the_adapter_is_the_one_of_the_lowest_validation_loss(finished, base):
 
 
 def test_each_length_is_compiled_once(finished, programs):
-    (made,) = programs.values()
-    assert made.train._cache_size() == made.validate._cache_size() == 1
+    assert max(made.train._cache_size() for made in programs.values()) == 1
+    assert max(made.validate._cache_size() for made in programs.values()) == 1
 
 
 @pytest.mark.parametrize("layout", ["peft", "pem"])
@@ -167,95 +127,11 @@ def test_resuming_with_other_settings_names_them(finished, base):
         train(replace(finished, resume=True, rank=8, learning_rate=1.0), base)
 
 
-def started(process, folder, lines):
-    """Waits until a process has written down so many numbers, with a checkpoint among them."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        checkpoints = folder / "checkpoints"
-        saved = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
-        if saved and len(read_metrics(folder / "metrics.jsonl")) >= lines:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"the run was over too soon: {process.communicate()}")
-
-
-@pytest.fixture
-def launched(lora_train, finished, tmp_path):
-    """A function that starts the finished run's like in a process of its own."""
-
-    def launch(*flags, **options):
-        config = replace(finished, out=tmp_path / "out")
-        names = ("base", "out", "length", "rank", "steps", "learning_rate")
-        names += ("checkpoint_every", "evaluate_every")
-        given = [x for n in names for x in (f"--{n.replace('_', '-')}", getattr(config, n))]
-        return config, lora_train(*config.data, *given, *flags, **options)
-
-    return launch
-
-
-def test_a_killed_run_resumes_to_the_same_bits(launched, finished, base):
-    config, process = launched()
-    started(process, config.out, random.randint(12, 45))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (config.out / "adapter_model.safetensors").exists()
-    train(replace(config, resume=True), base)
-    assert weights_of(config.out) == weights_of(finished.out)
-    assert timeless(config.out) == timeless(finished.out)
-
-
-def test_an_interrupted_run_keeps_its_last_step(launched, finished, base):
-    config, process = launched()
-    started(process, config.out, random.randint(12, 45))
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in told
-    step = int(re.search(r"stopped after step (\d+); --resume goes on", told)[1])
-    assert step == max(int(p.name) for p in (config.out / "checkpoints").iterdir())
-    train(replace(config, resume=True), base)
-    assert weights_of(config.out) == weights_of(finished.out)
-    assert timeless(config.out) == timeless(finished.out)
-
-
 def test_a_changed_base_or_data_are_no_resumption(config_of, base, finished):
-    config = config_of(**LONG)
+    config = replace(finished, out=config_of().out)
     config.out.mkdir()
     record = json.loads((finished.out / "training.json").read_text()) | {"finished": False}
     for key, name in (("base_sha256", "base model"), ("data_sha256", "data")):
         write_json(config.out / "training.json", record | {key: "other"})
         with pytest.raises(InputError, match=f"whose {name} has changed"):
             train(replace(config, resume=True), base)
-
-
-def test_a_loss_that_is_not_finite_ends_the_command_in_one_line(launched):
-    config, process = launched("--learning-rate", "1e30", "--clip", "0")
-    _, told = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in told
-    error = told.strip().splitlines()[-1]
-    step = int(re.match(r"error: step (\d+) gave loss (nan|inf)", error)[1])
-    assert f"its batch begins with {config.data[0]} line" in error
-    assert (config.out / "checkpoints" / str(step - 1)).is_dir()
-
-
-MESHES = """
-from pathlib import Path
-from train.config import Config
-from train.record import read_metrics
-from train.run import train
-
-settings = dict(data=({data!r},), base={base!r}, length=64, rank=4, steps=8, learning_rate=3e-2,
-                checkpoint_every=0, validation=0.0)
-for name, mesh in dict(one=(1, 1, 1), data=(8, 1, 1), mixed=(2, 2, 2)).items():
-    sizes = dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), mesh))
-    out = train(Config(out=Path({out!r}) / name, **settings, **sizes))
-    print([row["loss"] for row in read_metrics(out / "metrics.jsonl")])
-"""
-
-
-def test_eight_devices_train_as_one_does(run_on_devices, sums, base_folder, tmp_path):
-    code = MESHES.format(data=sums, base=str(base_folder), out=str(tmp_path))
-    one, *others = (json.loads(line) for line in run_on_devices(code).splitlines())
-    assert len(one) == 8 and one[-1] < one[0]
-    for course in others:  # the order of sums differs, so the curves part in the last digits
-        np.testing.assert_allclose(course, one, rtol=1e-3)
