@@ -72,23 +72,21 @@ def _cut(sizes: np.ndarray, members: np.ndarray, axis: int) -> tuple[float, np.n
 def _batch(items: Sequence[Item], rows: int, size: np.ndarray) -> Batch:
     """Items as arrays; rows and choices that fill up count nothing and are divided by one."""
     time, choices, rest, shared = map(int, size)
-    batch = Batch(
-        prefix=np.zeros((rows, time), np.int32),
-        length=np.zeros(rows, np.int32),
-        prefix_counted=np.zeros((rows, time), np.float32),
-        rest=np.zeros((rows, choices, rest), np.int32),
-        counted=np.zeros((rows, choices, rest), np.float32),
-        divisor=np.ones((rows, choices), np.float32),
-        shared=shared,
-    )
+    prefix, prefix_counted = _blank(rows, time)
+    own, counted = _blank(rows, choices, rest)
+    length, divisor = np.zeros(rows, np.int32), np.ones((rows, choices), np.float32)
     for row, item in enumerate(items):
-        start = time - len(item.prefix)
-        _write(batch.prefix[row, start:], batch.prefix_counted[row, start:], item.prefix)
-        batch.length[row] = len(item.prefix)
+        start, length[row] = time - len(item.prefix), len(item.prefix)
+        _write(prefix[row, start:], prefix_counted[row, start:], item.prefix)
         for choice, span in enumerate(item.rest):
-            _write(batch.rest[row, choice], batch.counted[row, choice], span)
-        batch.divisor[row, : len(item.rest)] = item.divisors
-    return batch
+            _write(own[row, choice], counted[row, choice], span)
+        divisor[row, : len(item.rest)] = item.divisors
+    return Batch(prefix, length, prefix_counted, own, counted, divisor, shared)
+
+
+def _blank(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and which of them count."""
+    return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
 
 
 def _write(tokens: np.ndarray, counted: np.ndarray, span: Span) -> None:

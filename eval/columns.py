@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compose.arithmetic import Space
 from compose.expression import evaluate
 from compose.inputs import load_input
 from compose.library import Library
@@ -42,7 +43,7 @@ def read_paths(given: Sequence[str]) -> dict[str, Path]:
 
 
 def build(
-    recipes: Sequence[str], folders: Mapping[str, Path], config: models.Config, space: str
+    recipes: Sequence[str], folders: Mapping[str, Path], config: models.Config, space: Space
 ) -> list[Column]:
     """The columns of `recipes`, or the base and every adapter if there is none.
 

@@ -65,7 +65,7 @@ def measure(
     Every batch of every stack is dispatched before the first result is fetched.
     """
     work = [(group, indices, batch) for group in groups for indices, batch in batches]
-    out: list[jax.Array] = []
+    out: list[Any] = []
     done = 0
     with bar(name) as progress:
         task = progress.add_task("batches", total=len(work), note="")

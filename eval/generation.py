@@ -46,7 +46,7 @@ class _State:
     token: Array  # (B,), the newest
     done: Array  # (B,), rows that have ended
     written: Array  # (B, most)
-    cache: Cache
+    cache: Cache | None
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "stop"))
@@ -66,33 +66,47 @@ def continuations(
     A row ends with `stop` and is filled with it; all stop when every row has. `keys` (B,) make a
     row's draws its own, whatever batch it is in.
     """
-    rows, time = tokens.shape
-    cache = models.new_cache(config, rows, time + sampling.most - 1, weights["embed"].dtype)
-    segments = (jnp.arange(time) < length[:, None]).astype(jnp.int32)
-    out = models.forward(config, weights, adapter, tokens, segments=segments, cache=cache)
-    hidden = jnp.take_along_axis(out.hidden, length[:, None, None] - 1, axis=1)
+    hidden, cache = _prefill(config, weights, adapter, tokens, length, sampling.most)
 
     def choose(hidden: Array, step: Array) -> Array:
         logits = models.unembed(config, weights, hidden[:, 0]).astype(jnp.float32)
         return _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
 
-    def write(state: _State, token: Array) -> _State:
-        token = jnp.where(state.done, stop, token)
-        written = state.written.at[:, state.step].set(token)
-        return state.replace(
-            step=state.step + 1, token=token, done=state.done | (token == stop), written=written
-        )
-
     def step(state: _State) -> _State:
         out = models.forward(config, weights, adapter, state.token[:, None], cache=state.cache)
-        return write(state.replace(cache=out.cache), choose(out.hidden, state.step))
+        state = replace(state, cache=out.cache)
+        return _written(state, choose(out.hidden, state.step), stop)
 
-    none = jnp.full((rows, sampling.most), stop, jnp.int32)
-    start = _State(jnp.array(0), none[:, 0], length == 0, none, out.cache)
-    state = jax.lax.while_loop(
-        lambda s: (s.step < sampling.most) & ~s.done.all(), step, write(start, choose(hidden, 0))
+    def unfinished(state: _State) -> Array:
+        return (state.step < sampling.most) & ~state.done.all()
+
+    none = jnp.full((len(tokens), sampling.most), stop, jnp.int32)
+    state = _State(jnp.array(0), none[:, 0], length == 0, none, cache)
+    state = _written(state, choose(hidden, state.step), stop)
+    return jax.lax.while_loop(unfinished, step, state).written
+
+
+def _prefill(
+    config: models.Config, weights: Any, adapter: Adapter, tokens: Array, length: Array, most: int
+) -> tuple[Array, Cache | None]:
+    """The hidden state (B, 1, D) of each prompt's last token, and the cache that holds them all."""
+    rows, time = tokens.shape
+    cache = models.new_cache(config, rows, time + most - 1, weights["embed"].dtype)
+    segments = (jnp.arange(time) < length[:, None]).astype(jnp.int32)
+    out = models.forward(config, weights, adapter, tokens, segments=segments, cache=cache)
+    return jnp.take_along_axis(out.hidden, length[:, None, None] - 1, axis=1), out.cache
+
+
+def _written(state: _State, token: Array, stop: int) -> _State:
+    """The state with each row's next token, or `stop` where the row has ended."""
+    token = jnp.where(state.done, stop, token)
+    return replace(
+        state,
+        step=state.step + 1,
+        token=token,
+        done=state.done | (token == stop),
+        written=state.written.at[:, state.step].set(token),
     )
-    return state.written
 
 
 def _choose(logits: Array, keys: Array, sampling: Sampling) -> Array:

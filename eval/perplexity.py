@@ -14,15 +14,16 @@ from lora_jax.errors import InputError
 from lora_jax.modules import Adapter
 
 Array = jax.Array
+Rows = jax.Array | np.ndarray  # on a device, or still on the host
 
 
 @struct.dataclass
 class Windows:
     """Windows of a text, each with the tokens that it scores at its right end."""
 
-    tokens: Array  # (B, T)
-    segments: Array  # (B, T), 1 where there is a token
-    scored: Array  # (B, stride), 1 where one of the last tokens is scored
+    tokens: Rows  # (B, T)
+    segments: Rows  # (B, T), 1 where there is a token
+    scored: Rows  # (B, stride), 1 where one of the last tokens is scored
 
 
 def windows(tokens: np.ndarray, window: int = 1024, stride: int = 512) -> Windows:
@@ -37,14 +38,16 @@ def windows(tokens: np.ndarray, window: int = 1024, stride: int = 512) -> Window
         raise InputError("a text must have at least two tokens to have a perplexity")
     # Causal attention lets the first window be scored in strides too, so that all are alike.
     starts = np.arange(-(-window % stride), len(tokens), stride)
-    out = Windows(*(np.zeros((len(starts), n), np.int32) for n in (window, window, stride)))
+    held, segments, scored = (
+        np.zeros((len(starts), size), np.int32) for size in (window, window, stride)
+    )
     for row, start in enumerate(starts):
         origin = start + stride - window  # of slot 0, in the text
         first, last = max(0, origin), min(start + stride, len(tokens))
-        out.tokens[row, first - origin : last - origin] = tokens[first:last]
-        out.segments[row, first - origin : last - origin] = 1
-        out.scored[row, max(1 - start, 0) : last - start] = 1
-    return out
+        held[row, first - origin : last - origin] = tokens[first:last]
+        segments[row, first - origin : last - origin] = 1
+        scored[row, max(1 - start, 0) : last - start] = 1
+    return Windows(held, segments, scored)
 
 
 def batches(whole: Windows, *, tokens: int, multiple: int = 1) -> list[tuple[np.ndarray, Windows]]:
@@ -65,9 +68,8 @@ def batches(whole: Windows, *, tokens: int, multiple: int = 1) -> list[tuple[np.
 
 def window_nll(config: models.Config, weights: Any, adapter: Adapter, windows: Windows) -> Array:
     """The summed negative log-likelihood (B,), in nats, of each window's scored tokens."""
-    hidden = models.forward(
-        config, weights, adapter, windows.tokens, segments=windows.segments
-    ).hidden
-    start = windows.tokens.shape[1] - windows.scored.shape[1]
-    nll = token_nll(config, weights, hidden[:, start - 1 : -1], windows.tokens[:, start:])
+    tokens = jnp.asarray(windows.tokens)
+    start = tokens.shape[1] - windows.scored.shape[1]
+    hidden = models.forward(config, weights, adapter, tokens, segments=windows.segments).hidden
+    nll = token_nll(config, weights, hidden[:, start - 1 : -1], tokens[:, start:])
     return jnp.sum(nll * windows.scored, axis=1)

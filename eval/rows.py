@@ -1,6 +1,7 @@
 """The rows of a task: from JSONL files under a data root, or from the Hugging Face hub."""
 
 import json
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from eval.tasks import Corpus, Form, Hub, Task
 from lora_jax.errors import InputError
+from lora_jax.progress import bar
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ def load_rows(
 
     They come from `root`, or from the hub if there is none. Each row has what the form needs.
     """
-    rows = list(_from_hub(task) if root is None and task.hub else _from_file(task, root))
+    rows = list(_from_hub(task.hub) if root is None and task.hub else _from_file(task, root))
     if task.open_ended:
         rows = [row for row in rows if row.fields.get(task.label) is not None]
     if not rows:
@@ -41,7 +43,7 @@ def load_rows(
 def load_text(corpus: Corpus, root: Path | None = None) -> str:
     """The text of a corpus, as one string."""
     if root is None and corpus.hub:
-        return "".join(row.fields["text"] for row in _from_hub(corpus))
+        return "".join(row.fields["text"] for row in _from_hub(corpus.hub))
     return read_text(_path(corpus, root))
 
 
@@ -95,11 +97,11 @@ def _check(row: Row, needed: set[str]) -> None:
         raise InputError(f"{row.where} lacks {', '.join(map(repr, missing))}; it has {has}")
 
 
-def _from_hub(task: Task | Corpus) -> Iterator[Row]:
-    for config in task.hub.configs:
-        for number, fields in enumerate(_hub_split(task.hub, config)):
-            where = f"{task.hub.path} {config} {task.hub.split} row {number}"
-            yield Row(task.hub.row({**fields, "config": config}), where)
+def _from_hub(hub: Hub) -> Iterator[Row]:
+    for config in hub.configs:
+        for number, fields in enumerate(_hub_split(hub, config)):
+            where = f"{hub.path} {config} {hub.split} row {number}"
+            yield Row(hub.row({**fields, "config": config}), where)
 
 
 def _hub_split(hub: Hub, config: str) -> Any:
@@ -108,8 +110,11 @@ def _hub_split(hub: Hub, config: str) -> Any:
     from datasets.utils import disable_progress_bars
 
     disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
-        return load_dataset(hub.path, config, split=hub.split)
+        with bar("fetching") as progress:
+            progress.add_task(f"{hub.path} {config}", total=None, note="")
+            return load_dataset(hub.path, config, split=hub.split)
     except Exception as error:  # a dozen unrelated types, from three libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

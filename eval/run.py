@@ -51,8 +51,9 @@ def _wanted(settings: Evaluation) -> list[Task | Corpus]:
 
 
 def _measured(bench: Bench, task: Task | Corpus) -> Answers | Surprise:
-    measure = benches.answers if isinstance(task, Task) else benches.surprise
-    return measure(bench, task)
+    if isinstance(task, Corpus):
+        return benches.surprise(bench, task)
+    return benches.answers(bench, task)
 
 
 def _write(settings: Evaluation, document: dict[str, Any], numbers: Sequence[Line]) -> None:

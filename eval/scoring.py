@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from eval.likelihood import token_nll
@@ -11,6 +12,7 @@ from lora_jax import models
 from lora_jax.modules import Adapter
 
 Array = jax.Array
+Rows = jax.Array | np.ndarray  # on a device, or still on the host
 SCORES = ("answer_mean", "text_mean", "sum", "char")
 
 
@@ -21,12 +23,12 @@ class Batch:
     What is counted and what it is divided by make the protocol, so the score function knows none.
     """
 
-    prefix: Array  # (B, T) tokens, at the right end of the row
-    length: Array  # (B,), how many of them there are
-    prefix_counted: Array  # (B, T), 1 where a token's likelihood counts
-    rest: Array  # (B, K, A) tokens
-    counted: Array  # (B, K, A), 1 where a token's likelihood counts
-    divisor: Array  # (B, K)
+    prefix: Rows  # (B, T) tokens, at the right end of the row
+    length: Rows  # (B,), how many of them there are
+    prefix_counted: Rows  # (B, T), 1 where a token's likelihood counts
+    rest: Rows  # (B, K, A) tokens
+    counted: Rows  # (B, K, A), 1 where a token's likelihood counts
+    divisor: Rows  # (B, K)
     shared: int = struct.field(pytree_node=False)  # only so many last prefix tokens count
 
 

@@ -1,7 +1,7 @@
 """The ground: what a module is, how it changes a projection, base models, files in and out, meshes.
 
-One legend of axis letters serves the whole package, in jaxtyping signatures, einsum strings and
-weight tables alike:
+One legend of axis letters serves the whole package, in shape comments, einsum strings and weight
+tables alike:
 
     B batch     T position   S key position   N layer          M module (expert)
     I in        O out        R rank           D width          H heads x head width

@@ -29,7 +29,7 @@ def choose_lengths(sizes: Sequence[int], most: int = 4, worth: float = 0.1) -> t
     return tuple(sorted(chosen))
 
 
-def assign(sizes: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+def assign(sizes: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     """The smallest of the sorted `lengths` that holds each size."""
     return np.asarray(lengths)[np.searchsorted(lengths, sizes)]
 

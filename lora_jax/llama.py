@@ -10,15 +10,7 @@ from flax import struct
 
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.modules import Adapter, Module
-from lora_jax.parts import (
-    Cache,
-    attend,
-    attention_mask,
-    put,
-    rms_norm,
-    rope_tables,
-    rotate,
-)
+from lora_jax.parts import Cache, attend, attention_mask, put, rms_norm, rope_tables, rotate
 from lora_jax.project import Dropout, project
 from lora_jax.table import Leaf
 
@@ -224,7 +216,8 @@ def forward(
         xs["dropout"] = Dropout(jax.random.split(dropout.key, config.layers), dropout.rate)
     x, ys = jax.lax.scan(jax.checkpoint(layer) if remat else layer, weights["embed"][tokens], xs)
     if cache is not None:
-        cache = Cache(*ys["pages"], *keys_at, used=cache.used + tokens.shape[1])
+        keys, values = ys["pages"]
+        cache = Cache(keys, values, *keys_at, cache.used + tokens.shape[1])
     hidden = rms_norm(x, weights["norm"], config.eps)
     return Output(hidden, cache, ys.get("observed"))
 
@@ -248,8 +241,8 @@ def _key_index(segments: Array, positions: Array, cache: Cache | None) -> tuple[
     """Segments and positions (B, S) of every key the pass can see."""
     if cache is None:
         return segments, positions
-    old = (cache.segments, cache.positions)
-    return tuple(put(o, n, cache.used) for o, n in zip(old, (segments, positions), strict=True))
+    seen = put(cache.segments, segments, cache.used)
+    return seen, put(cache.positions, positions, cache.used)
 
 
 def _layer(config, x, xs, rope, mask, used, observe) -> tuple[Array, dict[str, Any]]:

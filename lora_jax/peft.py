@@ -1,28 +1,26 @@
-"""Adapters from and to PEFT's directory format: adapter_config.json and safetensors.
+"""Adapters from PEFT's directory format: adapter_config.json and safetensors.
 
 Nothing is ever unpickled. What a config asks for and this library lacks is refused by its key.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from lora_jax import models
 from lora_jax.checkpoint import open_safetensors
 from lora_jax.errors import InputError, refuse_all
-from lora_jax.files import new_folder, read_json, write_json
-from lora_jax.modules import IA3, Adapter, LoRA, Module
+from lora_jax.files import read_json
+from lora_jax.modules import IA3, LoRA, Module
+from lora_jax.peft_write import CONFIG, PREFIX, WEIGHTS, save_adapter, write_adapter
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+__all__ = ["CONFIG", "WEIGHTS", "load_adapter", "save_adapter", "write_adapter"]
 
 # Keys that change what the tensors mean. Any value but the ones listed is refused.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -103,7 +101,7 @@ def _sort(tensors: Mapping[str, np.ndarray], config: models.Config, folder: Path
     pattern = re.compile(r"^(.*?)\.(lora_A|lora_B|ia3_l)(?:\.default)?(?:\.weight)?$")
     parts, problems = [], []
     for name, value in tensors.items():
-        match = pattern.match(name.removeprefix(_PREFIX))
+        match = pattern.match(name.removeprefix(PREFIX))
         if match is None or match[1] not in stems:
             problems.append(f"{name} fits no projection of this base model")
             continue
@@ -220,7 +218,7 @@ def _setting(settings: Mapping[str, Any], key: str, pattern_key: str, folder: Pa
     odd = [name for name in patterns if not re.fullmatch(r"[\w.]+", name)]
     if odd:
         raise InputError(f"{folder / CONFIG}: {pattern_key} key {odd[0]!r} is not a plain name")
-    default = settings.get(key)
+    default: Any = settings.get(key)
     numbers = {key: default, **patterns}
     bad = [f"{name} is {n!r}, not a number" for name, n in numbers.items() if not _is_number(n)]
     refuse_all(bad, str(folder / CONFIG))
@@ -252,107 +250,3 @@ def _ia3(parts: list[_Part], settings: Mapping[str, Any], config, folder) -> dic
         adapter[path] = IA3(jnp.asarray(np.stack([v.reshape(-1) for v in values]) - 1), on)
     refuse_all(problems, str(folder / WEIGHTS))
     return {path: adapter[path] for path in sizes if path in adapter}
-
-
-def save_adapter(
-    folder: Path,
-    adapter: Adapter,
-    config: models.Config,
-    *,
-    base_name: str = "",
-    extra: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes an adapter as a PEFT folder, whole or not at all.
-
-    `extra` maps names of JSON files to values that are written beside it.
-    """
-    with new_folder(folder, overwrite) as scratch:
-        write_adapter(scratch, adapter, config, base_name=base_name)
-        for name, value in (extra or {}).items():
-            write_json(scratch / name, value)
-
-
-def write_adapter(
-    folder: Path, adapter: Adapter, config: models.Config, *, base_name: str = ""
-) -> None:
-    """Writes an adapter's two files into an existing folder.
-
-    IA3 is stored as 1 + offset in float32, all that a float32 forward pass ever sees of it.
-    """
-    kinds = {type(module) for module in adapter.values()}
-    if kinds == {LoRA}:
-        adapter = {path: _exact_alpha(module) for path, module in adapter.items()}
-        settings = _lora_settings(adapter)
-    elif kinds == {IA3}:
-        settings = _ia3_settings(adapter)
-    else:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise InputError(f"PEFT's format holds LoRA or IA3 modules; this adapter holds {names}")
-    tensors = dict(_named_tensors(adapter, config))
-    bad = [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not _finite(t)]
-    refuse_all(bad, f"cannot save to {folder}")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    common = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
-    write_json(folder / CONFIG, settings | common | {"inference_mode": True, "revision": None})
-
-
-def _exact_alpha(module: LoRA) -> LoRA:
-    """The module with a scale that alpha / rank gives back exactly; folded if there is none."""
-    rank = module.a.shape[-1]
-    if (module.scale * rank) / rank == module.scale:
-        return module
-    return LoRA(module.a, module.b * module.scale, 1.0)
-
-
-def _lora_settings(adapter: Mapping[str, LoRA]) -> dict[str, Any]:
-    """adapter_config.json of LoRA modules; patterns name the projections that differ."""
-    ranks = {path: module.a.shape[-1] for path, module in adapter.items()}
-    alphas = {path: ranks[path] * module.scale for path, module in adapter.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": _plain_number(alpha),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in adapter}),
-        "rank_pattern": {p: r for p, r in ranks.items() if r != rank},
-        "alpha_pattern": {p: _plain_number(a) for p, a in alphas.items() if a != alpha},
-    }
-
-
-def _plain_number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
-
-
-def _ia3_settings(adapter: Mapping[str, IA3]) -> dict[str, Any]:
-    last = {path: path.rsplit(".", 1)[-1] for path in adapter}
-    return {
-        "peft_type": "IA3",
-        "fan_in_fan_out": False,
-        "init_ia3_weights": True,
-        "target_modules": sorted(last.values()),
-        "feedforward_modules": sorted(last[p] for p, m in adapter.items() if m.on == "input"),
-    }
-
-
-def _named_tensors(adapter: Adapter, config: models.Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the adapter under its PEFT name, in PEFT's orientation."""
-    table = models.table(config)
-    for path, module in adapter.items():
-        for layer, stored in enumerate(table[f"layers.{path}"].names()):
-            name = _PREFIX + stored.removesuffix(".weight")
-            if isinstance(module, LoRA):
-                yield f"{name}.lora_A.weight", _row_major(module.a[layer].T)
-                yield f"{name}.lora_B.weight", _row_major(module.b[layer].T)
-            else:
-                column = np.asarray(1 + module.offset[layer])[:, None]
-                yield f"{name}.ia3_l", _row_major(column.T if module.on == "input" else column)
-
-
-def _row_major(tensor: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(tensor, np.float32))

@@ -17,7 +17,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").exists() and not any(folder.glob("tokenizer*")):
         raise InputError(f"{folder} holds no tokenizer (tokenizer.json)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(f"cannot read the tokenizer in {folder}: {error}") from None
     if not tokenizer.is_fast:

@@ -84,6 +84,7 @@ def _speed(step: Callable[[], None], steps: int) -> float:
 def ours(steps: int) -> dict[str, float]:
     """This library's tokens a second, and the limit that matrix products set."""
     import jax
+    import numpy as np
 
     from lora_jax import models
     from lora_jax.bases import load_base
@@ -97,7 +98,7 @@ def ours(steps: int) -> dict[str, float]:
     rate, result = _product_rate(), {}
     for name, first in (("completion", LENGTH // 2), ("all", 1)):
         plan = make_plan(_examples(base.config.vocabulary, first), batch=ROWS, accumulate=1)
-        batch = jax.tree.map(jax.device_put, assemble(plan, list(range(ROWS))))
+        batch = jax.tree.map(jax.device_put, assemble(plan, np.arange(ROWS)))
         shapes = models.projections(base.config)
         adapter = init_lora(
             jax.random.key(0), shapes, base.config.layers, targets=TARGETS, rank=RANK, alpha=ALPHA

@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -102,9 +103,9 @@ def assemble(plan: Plan, rows: np.ndarray) -> Batch:
         at = np.flatnonzero(np.concatenate([p.learned for p in parts]))
         scored[slot, : len(at)], targets[slot, : len(at)] = at - 1, ids[at]
         weights[slot, : len(at)] = 1
-    batch = Batch(tokens, segments, positions, scored, targets, weights)
-    fold = (plan.accumulate, plan.slots // plan.accumulate)
-    return Batch(**{n: getattr(batch, n).reshape(*fold, -1) for n in Batch.__dataclass_fields__})
+    fold = (plan.accumulate, plan.slots // plan.accumulate, -1)
+    arrays: Any = (tokens, segments, positions, scored, targets, weights)
+    return Batch(*(x.reshape(fold) for x in arrays))
 
 
 def places(plan: Plan, rows: np.ndarray) -> str:

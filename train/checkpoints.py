@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
@@ -21,11 +21,12 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.training.Checkpointer]:
     # Orbax narrates every write there, and shows the traceback of what `Saver` tells in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     folder.mkdir(parents=True, exist_ok=True)
+    policies: dict[str, Any] = {
+        "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        "preservation_policy": ocp.training.preservation_policies.LatestN(KEEP),
+    }
     checkpointer = ocp.training.Checkpointer(
-        folder.absolute(),
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
-        cleanup_tmp_directories=True,
+        str(folder.absolute()), cleanup_tmp_directories=True, **policies
     )
     try:
         yield checkpointer
@@ -42,12 +43,12 @@ class Saver:
 
     def save(self, state: State) -> None:
         """Begins to write the state under its step, unless it is there already."""
-        step = int(state.step)
+        step, tree = int(state.step), cast(Any, state)
         if step == self._last:
             return
         with _told(step, self._checkpointer):
             self.wait()
-            self._checkpointer.save_async(step, state)
+            self._checkpointer.save_async(step, tree)
         self._last = step
 
     def wait(self) -> None:
@@ -80,4 +81,4 @@ def restore(checkpointer: ocp.training.Checkpointer, like: State) -> State | Non
     abstract: Any = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    return checkpointer.load(checkpointer.latest, abstract)
+    return cast(State, checkpointer.load(checkpointer.latest, abstract))

@@ -1,7 +1,6 @@
 """`lora-train`: reads the command line and calls `train.run`."""
 
 import sys
-from dataclasses import fields
 
 import tyro
 
@@ -14,15 +13,13 @@ def parse(arguments: list[str]) -> Config:
     """The run that the command line describes; a preset's settings are its defaults."""
     name = _preset_name(arguments)
     chosen = preset(name) if name else {}
-    defaults = {f.name: f.default for f in fields(Config)} | chosen | {"preset": name}
-    defaults |= {"data": (), "out": tyro.MISSING}
     names = ", ".join(PRESETS)
     return tyro.cli(
         Config,
         prog="lora-train",
         description=f"{Config.__doc__}\n\nPresets with the papers' settings: {names}.",
         args=arguments,
-        default=Config(**defaults),
+        default=Config(data=(), out=tyro.MISSING, preset=name, **chosen),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 

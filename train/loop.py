@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def _pause(run: Run, state: State) -> State:
         if loss < float(state.best_loss):
             best = jax.tree.map(lambda x: x.copy(), state.adapter)
             placed = jax.device_put(np.asarray(loss, np.float32), state.best_loss.sharding)
-            state = state.replace(best=best, best_loss=placed)
+            state = replace(state, best=best, best_loss=placed)
     every = run.config.checkpoint_every
     if run.saver is not None and every and (step % every == 0 or step == run.steps):
         run.saver.save(state)
@@ -157,7 +157,7 @@ def _interrupt(run: Run, state: State) -> None:
 
 
 def _stop(run: Run, flight: Flight, state: State, values: dict[str, float]) -> None:
-    _keep(run, state.replace(failed=state.failed & False))  # frozen at the last finite step
+    _keep(run, replace(state, failed=state.failed & False))  # frozen at the last finite step
     raise InputError(
         f"step {flight.step} gave loss {values['loss']} and gradient norm "
         f"{values['gradient_norm']}; its batch begins with {places(run.plan, flight.rows)}; the "

@@ -1,7 +1,7 @@
 """One optimiser step as a pure function, and the state it carries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -114,8 +114,12 @@ def make_programs(
         old = (state.adapter, state.optimizer)
         adapter, inner = jax.tree.map(lambda n, o: jnp.where(failed, o, n), new, old)
         step = state.step + jnp.where(failed, 0, 1)
-        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": schedule(state.step)}
-        return state.replace(step=step, adapter=adapter, optimizer=inner, failed=failed), metrics
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+        }
+        return replace(state, step=step, adapter=adapter, optimizer=inner, failed=failed), metrics
 
     def validate(weights: Any, adapter: Adapter, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The summed loss of a batch, and its number of labels."""

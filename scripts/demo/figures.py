@@ -64,7 +64,7 @@ def unlearning(points: Sequence[Unlearning]) -> str:
         axes.plot(x, y, "o-" if name == "cheers" else "s", label=name)
         for p in own:
             at = (p.perplexity, p.exclaimed)
-            axes.annotate(f"{p.strength:+g}", at, textcoords="offset points", xytext=(5, 4))
+            axes.annotate(f"{p.strength:+g}", at, textcoords="offset points", xytext=(4, 6))
     axes.set(
         xlabel="perplexity on neutral text", ylabel="sentences that exclaim", ylim=(-0.05, 1.05)
     )

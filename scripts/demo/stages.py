@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from compose.arithmetic import scale, weighted_sum
-from compose.arrow import routing_statistics
+from compose.arrow import applied, routing_statistics
 from compose.expression import evaluate
 from compose.library import Library
 from compose.lowrank import norm
@@ -24,7 +24,7 @@ from eval.results import Line
 from lora_jax import models, peft
 from lora_jax.bases import Base, load_base
 from lora_jax.files import write_json
-from lora_jax.modules import Adapter, LoRA, init_lora
+from lora_jax.modules import Adapter, LoRA, Module, init_lora
 from lora_jax.tokens import Tokenizer, encode, load_tokenizer
 from scripts.demo import tasks as data
 from train.config import Config
@@ -108,7 +108,9 @@ def train_modules(shop: Workshop) -> Trained:
     """Stage 2: a module a task, one of general knowledge, one of a habit, and an IA3 module."""
     heading("2/6 training the modules")
     question = {"prompt": "{question}", "completion": " {answer}"}
-    runs = {name: question | {"data": f"{name}-train.jsonl"} for name in data.TASKS}
+    runs: dict[str, dict[str, Any]] = {
+        name: question | {"data": f"{name}-train.jsonl"} for name in data.TASKS
+    }
     runs["mood_ia3"] = runs["mood"] | {"kind": "ia3", "learning_rate": 1e-2}
     runs["general"] = {
         "data": "general.txt",
@@ -117,7 +119,7 @@ def train_modules(shop: Workshop) -> Trained:
         "predict": 5,
         "steps": 17,
     }
-    runs["cheers"] = {"data": "cheers-train.jsonl", "chat": True, "batch": 4}
+    runs["cheers"] = {"data": "cheers-train.jsonl", "chat": True, "batch": 4, "epochs": 1.0}
     folders = {name: train(_config(shop, name, run), shop.base) for name, run in runs.items()}
     modules = {n: peft.load_adapter(folder, shop.base.config) for n, folder in folders.items()}
     records = {name: _record(folder) for name, folder in folders.items()}
@@ -125,11 +127,12 @@ def train_modules(shop: Workshop) -> Trained:
 
 
 def _config(shop: Workshop, name: str, run: Mapping[str, Any]) -> Config:
-    common = {
+    common: dict[str, Any] = {
         "targets": PROJECTIONS,
         "rank": RANK,
         "alpha": ALPHA,
         "learning_rate": RATE,
+        "epochs": 2.0,
         "init_seed": shop.seed,
         "seed": shop.seed,
         "checkpoint_every": 0,
@@ -192,7 +195,8 @@ def negation(shop: Workshop, trained: Trained) -> list[Unlearning]:
 def _random_like(module: Adapter, seed: int) -> Adapter:
     """A module of random directions whose delta has the same norm at every layer and projection."""
 
-    def one(index: int, lora: LoRA) -> LoRA:
+    def one(index: int, lora: Module) -> Module:
+        assert isinstance(lora, LoRA)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
         a, b = (jax.random.normal(k, x.shape) for k, x in zip(keys, (lora.a, lora.b), strict=True))
         drawn = LoRA(a, b, lora.scale)
@@ -235,13 +239,16 @@ def routing(shop: Workshop, trained: Trained) -> Routing:
     arrow = f"arrow({{}}, top_k={TOP_K})"
     columns: dict[str, Adapter] = {"base": {}}
     columns |= dict(zip(library.names, library.adapters, strict=True))
-    columns["uniform"] = evaluate("mean(tasks)", inputs)
-    columns["Arrow"] = evaluate(arrow.format("tasks"), inputs)
+    columns["uniform"] = applied(evaluate("mean(tasks)", inputs))
+    columns["Arrow"] = applied(evaluate(arrow.format("tasks"), inputs))
     purified = arrow.format("gks(tasks, general)")
-    columns["GenKnowSub + Arrow, exact"] = evaluate(purified, inputs)
-    columns["GenKnowSub + Arrow, factors"] = evaluate(purified, inputs, space="factor")
+    columns["GenKnowSub + Arrow, exact"] = applied(evaluate(purified, inputs))
+    factors = evaluate(purified, inputs, space="factor")
+    columns["GenKnowSub + Arrow, factors"] = applied(factors)
     control = arrow.format("gks(tasks, untrained)")
-    columns["control: untrained + Arrow, factors"] = evaluate(control, inputs, space="factor")
+    columns["control: untrained + Arrow, factors"] = applied(
+        evaluate(control, inputs, space="factor")
+    )
     outcomes = _measure(shop, columns, tuple(data.TASKS))
     lines = {outcome.task: results.lines(outcome, shop.seed) for outcome in outcomes}
     shares, entropy = {}, {}

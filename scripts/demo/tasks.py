@@ -17,19 +17,20 @@ Question = dict[str, object]  # question, choices, label: as in every multiple-c
 
 
 def mood(rng: random.Random, held_out: bool) -> Question:
-    """Does a short review praise or blame? Answered with two arbitrary words, up and down."""
+    """Does a short review praise or blame? Answered with arbitrary words, so it must be learned."""
     label = rng.randrange(2)
     first, second = rng.sample(_part(WORDS[("positive", "negative")[label]], held_out), 2)
     text = f"The {rng.choice(WORDS['things'])} was {first} and {second}."
-    return {"question": f"{text} Mood:", "choices": ["up", "down"], "label": label}
+    return {"question": f"{text} Card:", "choices": ["blue", "red"], "label": label}
 
 
 def kind(rng: random.Random, held_out: bool) -> Question:
-    """Is a noun an animal, a plant, a tool or a food?"""
+    """Is a noun an animal, a plant, a tool or a food? Each has its point of the compass."""
     names = list(WORDS["kinds"])
     label = rng.randrange(len(names))
     word = rng.choice(_part(WORDS["kinds"][names[label]], held_out))
-    return {"question": f"Word: {word}. Kind:", "choices": names, "label": label}
+    choices = ["north", "east", "south", "west"]
+    return {"question": f"Word: {word}. Way:", "choices": choices, "label": label}
 
 
 def parity(rng: random.Random, held_out: bool) -> Question:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import files, models, peft
 from lora_jax.errors import InputError
-from lora_jax.modules import Experts, LoRA
+from lora_jax.modules import LoRA
 
 
 def equal(one, other):
@@ -74,17 +74,6 @@ def test_projections_may_differ_in_rank_and_scale(tmp_path, config, random_lora)
     assert settings["alpha_pattern"] == {"self_attn.v_proj": 4, "mlp.up_proj": 1}
 
 
-def test_a_scale_that_no_alpha_gives_back_is_folded(tmp_path, config, random_lora):
-    ranks = [r for r in range(3, 60) if (0.1 * r) / r != 0.1]
-    adapter = random_lora(config, targets=["q_proj"], rank=ranks[0], alpha=1.0)
-    adapter = {path: m.replace(scale=0.1) for path, m in adapter.items()}
-    peft.save_adapter(tmp_path / "a", adapter, config)
-    loaded = peft.load_adapter(tmp_path / "a", config)["self_attn.q_proj"]
-    wanted = adapter["self_attn.q_proj"]
-    assert loaded.scale == 1.0
-    np.testing.assert_allclose(loaded.b, 0.1 * wanted.b, rtol=1e-6)
-
-
 def test_the_files_are_as_peft_names_and_orients_them(saved, config):
     tensors = tensors_of(saved)
     prefix = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -95,12 +84,6 @@ def test_the_files_are_as_peft_names_and_orients_them(saved, config):
     assert (settings["r"], settings["lora_alpha"]) == (3, 6)
     assert settings["target_modules"] == ["down_proj", "q_proj"]
     assert settings["base_model_name_or_path"] == "tiny"
-
-
-def test_extra_files_lie_beside_the_adapter(tmp_path, config, random_lora):
-    peft.save_adapter(tmp_path / "a", random_lora(config), config, extra={"from.json": {"x": 1}})
-    assert files.read_json(tmp_path / "a" / "from.json") == {"x": 1}
-    assert peft.load_adapter(tmp_path / "a", config)
 
 
 @pytest.mark.parametrize(
@@ -287,15 +270,6 @@ def test_the_side_of_a_square_ia3_is_told_by_its_shape(tmp_path, config):
     settings = {"peft_type": "IA3", "feedforward_modules": r".*\.(o|down)_proj"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     assert peft.load_adapter(tmp_path, config)["self_attn.o_proj"].on == "input"
-
-
-def test_what_peft_has_no_format_for_is_refused(tmp_path, config, random_lora, random_ia3):
-    expert = Experts(*(jnp.ones((2, 3, 4, 4)),) * 2, prototypes=jnp.ones((2, 3, 4)))
-    mixed = random_lora(config) | random_ia3(config)
-    for adapter in ({"self_attn.q_proj": expert}, mixed, {}):
-        with pytest.raises(InputError, match="PEFT's format holds LoRA or IA3 modules"):
-            peft.save_adapter(tmp_path / "a", adapter, config)
-    assert not (tmp_path / "a").exists()
 
 
 def test_a_loaded_adapter_changes_the_model_as_the_saved_one(

@@ -43,14 +43,11 @@ def report(request):
 def agree(report):
     """A function that holds two arrays to a tolerance and reports how far apart they are."""
 
-    def check(name, ours, theirs, within, *, relative=False) -> None:
+    def check(name, ours, theirs, within) -> None:
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         assert ours.shape == theirs.shape
-        apart = np.abs(ours - theirs).max()
-        size = np.abs(theirs).max()
-        kind = "relative to the largest" if relative else f"of {size:.3g}"
-        apart = apart / size if relative else apart
-        report(f"{name}: max |difference| {apart:.1e} {kind} (within {within:.0e})")
+        apart, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
+        report(f"{name}: max |difference| {apart:.1e} of {size:.3g} (within {within:.0e})")
         assert apart <= within
 
     return check

@@ -113,8 +113,8 @@ def test_the_real_model(
     tmp_path, smollm, torch_smollm, random_lora, rows, logits, torch_logits, general, agree
 ):
     config = smollm.config
-    tasks = make_modules(config, random_lora, 4, dominant=True, seed=1, size=0.003)
-    generals = make_modules(config, random_lora, 3, dominant=False, seed=50, size=0.001)
+    tasks = make_modules(config, random_lora, 4, dominant=True, seed=1, size=0.01)
+    generals = make_modules(config, random_lora, 3, dominant=False, seed=50, size=0.003)
     library = Library(tuple("abcd"), tuple(tasks))
     if general:
         library = genknowsub(library, generals, space="factor")

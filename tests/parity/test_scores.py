@@ -43,17 +43,20 @@ def questions(root, tokenizer):
 
 @pytest.fixture(scope="module")
 def theirs(questions, tokenizer, torch_model, smollm):
-    """The nats of each choice's tokens and how many of them are the answer's, text by text."""
+    """For each question and choice, the nats of the text's tokens and how many are the answer's."""
     model = torch_model(smollm.folder)
 
-    def nats(prompt, answer):
-        ids = tokenizer(prompt + answer)["input_ids"]
+    def nats(prompt, answers):
+        texts = [tokenizer(prompt + answer)["input_ids"] for answer in answers]
+        width, start = max(map(len, texts)), len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        real = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
         with torch.no_grad():
-            chances = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        own = len(ids) - len(tokenizer(prompt)["input_ids"])
-        return -chances[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy(), own
+            chances = model(ids, attention_mask=real).logits[:, :-1].log_softmax(-1)
+        found = -chances.gather(2, ids[:, 1:, None])[..., 0].numpy()
+        return [(row[: len(t) - 1], len(t) - start) for row, t in zip(found, texts, strict=True)]
 
-    return [[nats(p, a) for p, a in zip(q.prompts, q.answers, strict=True)] for q in questions]
+    return [nats(question.prompts[0], question.answers) for question in questions]
 
 
 DEFINITIONS = {

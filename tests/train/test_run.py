@@ -9,6 +9,7 @@ import pytest
 
 from lora_jax import peft
 from lora_jax.errors import InputError
+from lora_jax.files import write_json
 from train.batches import assemble, epoch_batches
 from train.data import plan_data
 from train.loss import batch_loss
