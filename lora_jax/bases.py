@@ -159,4 +159,4 @@ def _converted(source: Path, folder: Path) -> Path:
 def _say(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(text)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
