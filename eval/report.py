@@ -1,39 +1,50 @@
 """Results to look at: a table for the terminal, and a chart with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from eval.results import Line, Replies
 from eval.statistics import Interval
 
+Show = Callable[[float], str]
+
 
 def table(numbers: Sequence[Line]) -> Table:
-    """Every number with its 95 % interval, and its paired difference from the first column."""
-    found = Table("task", "module", caption="intervals: 95 %, bootstrap over examples")
-    for heading in ("n", "result", "interval", "against the first", "interval"):
-        found.add_column(heading, justify="right")
+    """Every number with its 95 % interval, and its paired difference from the first column.
+
+    Accuracies are in percent and their differences in points; a text has its perplexity, whose
+    difference is relative.
+    """
+    found = Table(box=box.SIMPLE_HEAD, caption="intervals: 95 %, bootstrap over examples")
+    for heading in ("task", "module"):
+        found.add_column(heading, overflow="fold")
+    for heading in ("n", "result", "interval", "change", "interval"):
+        found.add_column(heading, justify="right", no_wrap=True)
     for n, line in enumerate(numbers):
         if n and line.task != numbers[n - 1].task:
             found.add_section()
-        against = ("", "") if line.difference is None else _cells(line, line.difference, "+")
-        found.add_row(
-            line.task, line.column, f"{line.examples:,}", *_cells(line, line.value, ""), *against
-        )
+        result, change = _units(line)
+        cells = [*_cells(line.value, result), *_cells(line.difference, change)]
+        found.add_row(line.task, line.column, f"{line.examples:,}", *cells)
     return found
 
 
-def _cells(line: Line, interval: Interval, sign: str) -> tuple[str, str]:
-    """A number and its interval: percent for accuracies, nats and perplexity for texts."""
+def _units(line: Line) -> tuple[Show, Show]:
+    """How a line's number is shown, and how its difference is."""
     if line.metric == "accuracy":
-        value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
-        unit = " points" if sign else " %"
-        return f"{value:{sign}.1f}{unit}", f"{low:{sign}.1f} to {high:{sign}.1f}"
-    perplexity = "" if sign else f" (perplexity {np.exp(interval.value):.2f})"
-    shown = f"{interval.value:{sign}.4f} nats{perplexity}"
-    return shown, f"{interval.low:{sign}.4f} to {interval.high:{sign}.4f}"
+        return lambda x: f"{100 * x:.1f} %", lambda x: f"{100 * x:+.1f}"
+    return lambda x: f"{np.exp(x):.2f} ppl", lambda x: f"{100 * np.expm1(x):+.2f} %"
+
+
+def _cells(interval: Interval | None, show: Show) -> tuple[str, str]:
+    if interval is None:
+        return "", ""
+    ends = (show(x).partition(" ")[0] for x in (interval.low, interval.high))
+    return show(interval.value), " … ".join(ends)
 
 
 def group_table(name: str, groups: Mapping[str, Mapping[str, float]]) -> Table:

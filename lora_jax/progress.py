@@ -25,3 +25,8 @@ def bar(name: str) -> Progress:
         TextColumn("{task.fields[note]}", style="dim"),
         console=Console(stderr=True),
     )
+
+
+def say(text: str) -> None:
+    """Writes a note of one line to standard error."""
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)

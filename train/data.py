@@ -6,11 +6,11 @@ from jax.sharding import Mesh
 from lora_jax.bases import Base
 from lora_jax.errors import InputError
 from lora_jax.mesh import rows_multiple
+from lora_jax.progress import say
 from lora_jax.tokens import load_tokenizer
 from train.batches import Plan, make_plan
 from train.config import Config
 from train.examples import Example, Loaded, load_examples
-from train.record import say
 
 
 def plan_data(config: Config, base: Base, mesh: Mesh | None) -> tuple[Plan, Plan | None]:

@@ -8,17 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lora_jax import __version__
 from lora_jax.bases import Base
 from lora_jax.files import sha256, write_text
 from train.config import Config
-
-
-def say(text: str) -> None:
-    """Writes a note of one line to standard error."""
-    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
 
 
 def provenance(config: Config, base: Base) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from lora_jax.errors import InputError
 from lora_jax.files import read_json, refuse_existing, write_json
 from lora_jax.mesh import make_mesh, replicated
 from lora_jax.modules import Adapter, init_ia3, init_lora
-from lora_jax.progress import bar
+from lora_jax.progress import bar, say
 from train.checkpoints import Saver, open_checkpoints, restore
 from train.config import Config, as_json, checked, refuse_other_run
 from train.data import plan_data
 from train.interrupt import stop_asked
 from train.loop import Run, fit
-from train.record import draw_losses, forget_after, provenance, read_metrics, say
+from train.record import draw_losses, forget_after, provenance, read_metrics
 from train.step import State, make_programs
 
 RECORD = "training.json"  # the run's config and provenance, beside the adapter

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from train.record import append_metrics, draw_losses, forget_after, provenance, read_metrics, say
+from lora_jax.progress import say
+from train.record import append_metrics, draw_losses, forget_after, provenance, read_metrics
 
 
 @pytest.fixture
