@@ -30,7 +30,7 @@ def windows(tokens: np.ndarray, window: int = 1024, stride: int = 512) -> Window
     """The windows of a text's `tokens`, such that all but the first are scored exactly once.
 
     A token is scored with all that precedes it in the first window, and with `window - stride`
-    tokens or more after that: the protocol of PEM for WikiText-2 (section 4.4).
+    tokens or more after that: the protocol of PEM for WikiText-2.
     """
     if not 0 < stride < window:
         raise InputError(f"a stride must lie between 1 and the window, {window}; got {stride}")

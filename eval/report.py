@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from eval.results import Line, Replies
@@ -20,16 +21,16 @@ def table(numbers: Sequence[Line]) -> Table:
     difference is relative.
     """
     found = Table(box=box.SIMPLE_HEAD, caption="intervals: 95 %, bootstrap over examples")
-    for heading in ("task", "module"):
-        found.add_column(heading, overflow="fold")
-    for heading in ("n", "result", "interval", "change", "interval"):
+    found.add_column("module", overflow="fold")
+    for heading in ("result", "interval", "change", "interval"):
         found.add_column(heading, justify="right", no_wrap=True)
     for n, line in enumerate(numbers):
-        if n and line.task != numbers[n - 1].task:
+        if not n or line.task != numbers[n - 1].task:
             found.add_section()
+            found.add_row(f"[bold]{line.task}[/] ({line.examples:,})")
         result, change = _units(line)
         cells = [*_cells(line.value, result), *_cells(line.difference, change)]
-        found.add_row(line.task, line.column, f"{line.examples:,}", *cells)
+        found.add_row(escape(line.column), *cells)
     return found
 
 
@@ -51,7 +52,7 @@ def group_table(name: str, groups: Mapping[str, Mapping[str, float]]) -> Table:
     """A task's accuracy by group and column, in percent."""
     found = Table(name)
     for column in next(iter(groups.values())):
-        found.add_column(column, justify="right")
+        found.add_column(escape(column), justify="right")
     for group, values in groups.items():
         found.add_row(group, *(f"{100 * value:.1f}" for value in values.values()))
     return found
@@ -62,7 +63,7 @@ def reply_table(outcome: Replies) -> Table:
     found = Table("prompt", "module", "reply", show_lines=True)
     for n, prompt in enumerate(outcome.prompts):
         for column, replies in outcome.replies.items():
-            found.add_row(prompt, column, replies[n])
+            found.add_row(escape(prompt), escape(column), escape(replies[n]))
     return found
 
 

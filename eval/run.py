@@ -45,6 +45,8 @@ def _wanted(settings: Evaluation) -> list[Task | Corpus]:
     names = [task.name for task in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"task {twice[0]!r} is given twice; name each once")
+    if settings.limit is not None and settings.limit < 1:
+        raise InputError(f"--limit must be at least 1; got {settings.limit}")
     if not found and not settings.generate:
         raise InputError("nothing to measure; name a task (such as arc_easy), --text or --generate")
     return found

@@ -79,6 +79,7 @@ def test_replies_without_a_task(command, tmp_path, capsys):
         (["arc_eazy"], "unknown task 'arc_eazy'; choose from"),
         ([], "nothing to measure"),
         (["arc_easy", "arc_easy"], "given twice"),
+        (["arc_easy", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["piqa"], "piqa/validation.jsonl does not exist"),
         (["arc_easy", "--adapters", "a=/nowhere"], "/nowhere"),
         (["arc_easy", "--compare", "zzz"], "zzz"),
