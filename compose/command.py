@@ -75,9 +75,11 @@ def _base(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.C
     """The base model's name and config: the one asked for, or else the one the inputs name."""
     if given is not None:
         return given, checkpoint.read_config(bases.locate(given))
-    for name in dict.fromkeys(base_name(folder) for folder in folders.values()):
-        if not name:
-            continue
+    named = {name: base_name(folder) for name, folder in folders.items()}
+    if len({base for base in named.values() if base}) > 1:
+        told = ", ".join(f"{name} is of {base}" for name, base in named.items() if base)
+        raise InputError(f"the inputs are of different base models ({told}); if not, say --base")
+    for name in filter(None, dict.fromkeys(named.values())):
         try:
             return name, checkpoint.read_config(bases.locate(name))
         except InputError as error:

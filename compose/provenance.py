@@ -34,7 +34,7 @@ def record(
         "space": space,
         "rank": rank,
         "inputs": {
-            name: {"path": str(path), "sha256": folder_digest(path, "**/*.safetensors")}
+            name: {"path": str(path), "sha256": folder_digest(path)}
             for name, path in inputs.items()
         },
         "base_model_name_or_path": base_name,

@@ -70,7 +70,7 @@ def _provenance(bench: Bench, folders: Mapping[str, Path]) -> dict[str, Any]:
     return results.environment() | {
         "base": {"name": bench.settings.base, "sha256": bench.base.digest},
         "adapters": {
-            name: {"path": str(path), "sha256": folder_digest(path, "**/*.safetensors")}
+            name: {"path": str(path), "sha256": folder_digest(path)}
             for name, path in folders.items()
         },
         "columns": {column.name: column.recipe for column in bench.columns},

@@ -53,7 +53,7 @@ class Base:
 
     @cached_property
     def digest(self) -> str:
-        """One sha256 over the model's safetensors files."""
+        """One sha256 over the model's weights and config."""
         return folder_digest(self.folder)
 
 

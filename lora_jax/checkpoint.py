@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
-from lora_jax.files import new_folder, read_json, write_json
+from lora_jax.files import new_folder, read_json, save_tensors, write_json
 from lora_jax.table import Leaf, Table, flatten, nest, shardings
 
 # Stored by some exporters, computed by us.
@@ -124,4 +123,4 @@ def write_model(folder: Path, config: models.Config, weights: Mapping[str, Any])
         for name, tensor in zip(leaf.names(), layers, strict=True):
             tensors[name] = np.ascontiguousarray(tensor.T if leaf.transposed else tensor)
     write_json(folder / "config.json", models.config_to_huggingface(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors)

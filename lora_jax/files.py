@@ -12,6 +12,10 @@ from typing import Any
 
 from lora_jax.errors import InputError
 
+# What decides how a folder's weights are read, and what shows that a folder is one of our results.
+CONFIGS = ("config.json", "adapter_config.json", "library.json")
+MARKS = (*CONFIGS, "training.json", "results.json")
+
 
 def cache_folder() -> Path:
     """Where fetched models and compiled programs are kept: $LORA_JAX_CACHE or ~/.cache/lora_jax."""
@@ -21,7 +25,8 @@ def cache_folder() -> Path:
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Refuses an output folder that already holds something, unless it may be overwritten.
 
-    A file, and the working directory or one above it, are never overwritten.
+    Only a folder that carries a mark of ours is overwritten; never a file, nor the working
+    directory or one above it.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, not a folder")
@@ -31,6 +36,8 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         return
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} exists; choose another --out or pass --overwrite")
+    if folder.exists() and not any((folder / mark).exists() for mark in MARKS):
+        raise InputError(f"{folder} holds none of {', '.join(MARKS)}: it is not ours to overwrite")
 
 
 @contextmanager
@@ -43,10 +50,22 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         yield scratch
         scratch.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(scratch.with_suffix(".old"))
         os.replace(scratch, folder)
     finally:
+        shutil.rmtree(scratch.with_suffix(".old"), ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes NumPy arrays as a safetensors file; a full disk is told as one error."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InputError(f"could not write {path}: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,9 +105,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_digest(folder: Path, pattern: str = "*.safetensors") -> str:
-    """One sha256 over the matching files of a folder, by name and content."""
+def folder_digest(folder: Path) -> str:
+    """One sha256 over what a model, adapter or library folder is: its weights and their configs.
+
+    Files count by their path in the folder and their content; records and checkpoints do not.
+    """
     whole = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
-        whole.update(f"{path.name} {sha256(path)}\n".encode())
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.name in CONFIGS or path.suffix == ".safetensors":
+            whole.update(f"{inside.as_posix()} {sha256(path)}\n".encode())
     return whole.hexdigest()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax import models
-from lora_jax.errors import InputError
-from lora_jax.files import write_json
+from lora_jax.errors import InputError, refuse_all
+from lora_jax.files import save_tensors, write_json
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -34,7 +34,6 @@ Progress = Callable[[int, int], None]  # tensors done, tensors in all
 def convert(source: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Writes a GGUF file as a Hugging Face folder: config, float32 safetensors, tokenizer."""
     from gguf import GGUFReader
-    from safetensors.numpy import save_file
 
     try:
         reader = GGUFReader(source)
@@ -51,12 +50,14 @@ def convert(source: Path, folder: Path, progress: Progress = lambda done, total:
         raise InputError(f"{source}: its metadata lacks {error}") from None
     tensors = dict(_tensors(reader, config, progress))
     write_json(folder / "config.json", models.config_to_huggingface(config) | _special_ids(meta))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors)
 
 
 def _config(meta: dict[str, Any], reader: Any) -> models.Config:
     """The model config in a GGUF file's metadata."""
     heads, width = meta["llama.attention.head_count"], meta["llama.embedding_length"]
+    scaled = [f"{key} = {meta[key]!r} is not supported" for key in meta if "rope.scaling" in key]
+    refuse_all([text for text in scaled if "'none'" not in text], "GGUF metadata")
     names = {tensor.name for tensor in reader.tensors}
     return models.Config(
         kind="llama",

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
-from lora_jax.files import new_folder, write_json
+from lora_jax.files import new_folder, save_tensors, write_json
 from lora_jax.modules import IA3, Adapter, LoRA
 
 WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +59,7 @@ def write_adapter(
         if not np.isfinite(t).all()
     ]
     refuse_all(bad, f"cannot save to {folder}")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors)
     common = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
     write_json(folder / CONFIG, settings | common | {"inference_mode": True, "revision": None})
 

@@ -101,6 +101,7 @@ def _flag(name: str) -> str:
 
 # What a resumed run may change without becoming another run.
 _FREE = {"resume", "overwrite", "checkpoint_every", "out", "mesh_data", "mesh_fsdp", "mesh_tensor"}
+_FREE |= {"learning_rate", "clip"}  # what a run that diverged needs
 
 
 def as_json(config: Config) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _due(step: int, run: Run) -> bool:
 
 
 def _validates(step: int, run: Run) -> bool:
-    every = run.config.evaluate_every or max(run.steps // 10, 1)
+    every = run.config.evaluate_every or -(-run.steps // 10)
     return run.held_out is not None and (step % every == 0 or step == run.steps)
 
 
@@ -95,7 +95,7 @@ def _pause(run: Run, state: State) -> State:
         if not np.isfinite(loss):
             raise InputError(
                 f"the validation after step {step} gave loss {loss}; the checkpoints before it are "
-                f"kept; try a lower --learning-rate"
+                f"kept; try a lower --learning-rate, with --resume or anew"
             )
         if loss < float(state.best_loss):
             best = jax.tree.map(lambda x: x.copy(), state.adapter)
@@ -157,9 +157,10 @@ def _interrupt(run: Run, state: State) -> None:
 
 
 def _stop(run: Run, flight: Flight, state: State, values: dict[str, float]) -> None:
-    _keep(run, replace(state, failed=state.failed & False))  # frozen at the last finite step
+    kept = _keep(run, replace(state, failed=state.failed & False))  # frozen at the last good step
+    fate = "the state before it is kept" if kept else "nothing is kept, as --checkpoint-every is 0"
     raise InputError(
         f"step {flight.step} gave loss {values['loss']} and gradient norm "
-        f"{values['gradient_norm']}; its batch begins with {places(run.plan, flight.rows)}; the "
-        f"state before it is kept; try a lower --learning-rate"
+        f"{values['gradient_norm']}; its batch begins with {places(run.plan, flight.rows)}; "
+        f"{fate}; try a lower --learning-rate, with --resume or anew"
     )

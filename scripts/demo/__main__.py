@@ -18,13 +18,14 @@ class Demo:
     train: int = 192  # training questions a task
     test: int = 48  # held-out questions a task
     seed: int = 0  # of the data, the modules and the sampling
-    overwrite: bool = True  # replace the last demo
+    overwrite: bool = True  # write over the last demo
 
 
 def main() -> None:
     """Runs all stages, each with its progress, and writes the report."""
     settings = tyro.cli(Demo, prog="make demo ARGS=", config=(tyro.conf.FlagCreatePairsOff,))
-    refuse_existing(settings.out, settings.overwrite)
+    if not settings.overwrite:
+        refuse_existing(settings.out, overwrite=False)
     began = time.time()
 
     from lora_jax import runtime

@@ -1,4 +1,7 @@
 import hashlib
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -24,19 +27,54 @@ def test_a_block_that_fails_leaves_nothing_behind(tmp_path):
 
 def test_a_block_that_fails_keeps_what_it_would_have_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("old")
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", overwrite=True):
         raise RuntimeError
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
 
 
 def test_a_full_folder_is_refused_or_replaced_whole(tmp_path):
-    (tmp_path / "old").write_text("old")
+    (tmp_path / "results.json").write_text("old")
     with pytest.raises(InputError, match="exists; choose another --out or pass --overwrite"):
         files.refuse_existing(tmp_path, overwrite=False)
     with files.new_folder(tmp_path, overwrite=True) as scratch:
         (scratch / "new").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_that_is_none_of_our_results_is_never_overwritten(tmp_path):
+    (tmp_path / "photos").write_text("mine")
+    with pytest.raises(InputError, match="it is not ours to overwrite"):
+        files.refuse_existing(tmp_path, overwrite=True)
+    with pytest.raises(InputError), files.new_folder(tmp_path, overwrite=True):
+        pass
+    assert (tmp_path / "photos").read_text() == "mine"
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from lora_jax import files
+from lora_jax.errors import InputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    files.save_tensors(Path(sys.argv[1]), {"x": np.ones(100_000)})
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    assert done.stdout.startswith(f"could not write {path}: "), done.stderr
 
 
 def test_an_empty_folder_is_free_to_take(tmp_path):
@@ -103,7 +141,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, complaint):
     assert str(path) in str(caught.value)
 
 
-def test_a_folders_digest_tells_content_and_name_and_nothing_else(tmp_path):
+def test_a_folders_digest_tells_content_and_place_and_nothing_else(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"1")
     one = files.folder_digest(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
@@ -111,6 +149,14 @@ def test_a_folders_digest_tells_content_and_name_and_nothing_else(tmp_path):
     (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
     assert files.folder_digest(tmp_path) != one
     (tmp_path / "b.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 99}')
+    assert files.folder_digest(tmp_path) != one
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "member").mkdir()
+    (tmp_path / "a.safetensors").rename(tmp_path / "member" / "a.safetensors")
+    assert files.folder_digest(tmp_path) != one
+    (tmp_path / "member" / "a.safetensors").rename(tmp_path / "a.safetensors")
+    assert files.folder_digest(tmp_path) == one
     (tmp_path / "a.safetensors").write_bytes(b"2")
     assert files.folder_digest(tmp_path) != one
     assert files.sha256(tmp_path / "a.safetensors") == hashlib.sha256(b"2").hexdigest()

@@ -1,10 +1,14 @@
 """Parity with transformers and PEFT on torch: what is shared, and a table of the differences."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Torch's threads would spin while they wait, and take the cores from whatever else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("peft") is None:
     collect_ignore_glob = ["test_*.py"]

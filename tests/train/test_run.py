@@ -124,8 +124,8 @@ def test_resuming_without_a_run_is_refused(config_of, base):
 
 
 def test_resuming_with_other_settings_names_them(finished, base):
-    with pytest.raises(InputError, match="--rank was 4, is 8; --learning-rate was"):
-        train(replace(finished, resume=True, rank=8, learning_rate=1.0), base)
+    with pytest.raises(InputError, match="--rank was 4, is 8; --weight-decay was"):
+        train(replace(finished, resume=True, rank=8, weight_decay=0.5), base)
 
 
 def test_a_changed_base_or_data_are_no_resumption(config_of, base, finished):
