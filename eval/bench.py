@@ -1,7 +1,9 @@
 """A base model on its devices, and what each kind of task measures of its columns."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from eval.results import Answers, Replies, Surprise
 from eval.scoring import score
 from eval.tasks import Corpus, Task
 from lora_jax.bases import Base
+from lora_jax.errors import InputError, refuse_all
 from lora_jax.tokens import Tokenizer
 
 # Tokens in a batch, and how many could be run in the time that one compilation takes.
@@ -62,6 +65,39 @@ class Bench:
             "multiple": row_multiple(self.settings.devices),
         }
 
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """The prompts of `--generate` in tokens."""
+        if not self.settings.generate:
+            return []
+        style = self.settings.format
+        surround = prompts.frame(style, self.tokenizer)
+        texts = [surround(prompt)[0] for prompt in self.settings.generate]
+        encoded = self.tokenizer(texts, add_special_tokens=style == "plain", verbose=False)
+        return encoded["input_ids"]
+
+
+def sampling(settings: Evaluation) -> Sampling:
+    """How replies are sampled."""
+    return Sampling(
+        settings.most, settings.temperature, settings.top_p, settings.top_k, settings.seed
+    )
+
+
+def refuse_beyond_context(bench: Bench, wanted: Iterable[Task | Corpus]) -> None:
+    """Refuses the windows and replies that the base's context has no room for."""
+    settings, context = bench.settings, bench.base.config.context
+    problems = []
+    if settings.stride >= context and any(isinstance(task, Corpus) for task in wanted):
+        problems.append(f"--stride {settings.stride} must be smaller")
+    problems += [
+        f"prompt {prompt[:40]!r} has {len(tokens)} tokens and --most {settings.most} may follow; "
+        f"shorten either"
+        for prompt, tokens in zip(settings.generate, bench.prompts, strict=True)
+        if len(tokens) + settings.most > context
+    ]
+    refuse_all(problems, f"the base model reads {context} tokens")
+
 
 def answers(bench: Bench, task: Task) -> Answers:
     """A multiple-choice task's outcome."""
@@ -82,6 +118,7 @@ def answers(bench: Bench, task: Task) -> Answers:
         column.name: [s[: len(q.prompts)] for s, q in zip(values, questions, strict=True)]
         for column, values in zip(bench.columns, measured, strict=True)
     }
+    _refuse_non_finite(scores, [question.where for question in questions])
     return Answers(task.name, rows.source(task, settings.data_root), questions, scores)
 
 
@@ -98,28 +135,35 @@ def surprise(bench: Bench, corpus: Corpus) -> Surprise:
     measured = compare.measure(bench.read, bench.stacks, planned, corpus.name)
     nats = {c.name: np.array(v, float) for c, v in zip(bench.columns, measured, strict=True)}
     source = rows.source(corpus, settings.data_root)
+    _refuse_non_finite(nats, [f"{source} window {n}" for n in range(len(whole.tokens))])
     return Surprise(corpus.name, source, nats, whole.scored.sum(axis=1))
+
+
+def _refuse_non_finite(scores: Mapping[str, Iterable[Any]], places: Sequence[str]) -> None:
+    """Refuses scores, by column, that cannot be ranked or averaged."""
+    for column, values in scores.items():
+        for value, where in zip(values, places, strict=True):
+            if not np.isfinite(value).all():
+                raise InputError(
+                    f"{column}: non-finite score on {where}; its weights hold NaN or overflow, "
+                    f"so mend it, scale it down or leave it out"
+                )
 
 
 def replies(bench: Bench) -> Replies:
     """What every column writes after the prompts of `--generate`."""
-    settings, tokenizer = bench.settings, bench.tokenizer
-    surround = prompts.frame(settings.format, tokenizer)
-    texts = [surround(prompt)[0] for prompt in settings.generate]
-    encoded = tokenizer(texts, add_special_tokens=settings.format == "plain")["input_ids"]
-    sampling = Sampling(
-        settings.most, settings.temperature, settings.top_p, settings.top_k, settings.seed
-    )
+    tokenizer, how = bench.tokenizer, sampling(bench.settings)
+    stop = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # -1 never occurs
 
     def write(column: Column) -> list[str]:
         written = generate(
             bench.base.config,
             bench.base.weights,
             column.adapter,
-            encoded,
-            stop=tokenizer.eos_token_id,
-            sampling=sampling,
+            bench.prompts,
+            stop=stop,
+            sampling=how,
         )
         return tokenizer.batch_decode(written, skip_special_tokens=True)
 
-    return Replies(settings.generate, {c.name: write(c) for c in bench.columns})
+    return Replies(bench.settings.generate, {c.name: write(c) for c in bench.columns})

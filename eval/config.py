@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from lora_jax.errors import refuse_all
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -62,3 +64,21 @@ class Evaluation:
     """How rows are spread over the devices."""
     batch_tokens: int | None = None
     """Tokens in a batch, all columns together; by default what suits the device."""
+
+
+def checked(settings: Evaluation) -> Evaluation:
+    """The settings, if their numbers make sense; one error names all that do not.
+
+    Those of a reply are `Sampling`'s to check.
+    """
+    counts = {"limit": settings.limit, "batch-tokens": settings.batch_tokens}
+    rules = [(n, v, v is None or v >= 1, "be at least 1") for n, v in counts.items()]
+    window, stride = settings.window, settings.stride
+    rules += [
+        ("seed", settings.seed, 0 <= settings.seed < 2**32, "lie in [0, 2**32)"),
+        ("window", window, window >= 2, "be at least 2"),
+        ("stride", stride, 1 <= stride < max(window, 2), f"lie in [1, --window {window})"),
+    ]
+    problems = [f"--{n} must {rule}; got {value}" for n, value, good, rule in rules if not good]
+    refuse_all(problems, "lora-eval")
+    return settings

@@ -31,9 +31,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        heat = self.temperature
         problems = {
             f"most must be at least 1; got {self.most}": self.most < 1,
-            f"temperature must not be negative; got {self.temperature}": self.temperature < 0,
+            f"temperature must lie in [0, inf); got {heat}": not 0 <= heat < math.inf,
             f"top_p must lie in (0, 1]; got {self.top_p}": not 0 < self.top_p <= 1,
             f"top_k must not be negative; got {self.top_k}": self.top_k < 0,
         }

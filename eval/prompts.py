@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eval.rows import Row
-from eval.tasks import Form, Task
+from eval.tasks import Form, Task, names_in
 from lora_jax.errors import InputError
+from lora_jax.rows import Row
 from lora_jax.tokens import Tokenizer, chat
 
 Frame = Callable[[str], tuple[str, str]]  # content to what precedes the answer and what follows
@@ -44,7 +44,7 @@ def frame(style: str, tokenizer: Tokenizer) -> Frame:
 def pose(task: Task, form: Form, row: Row, surround: Frame) -> Question:
     """The question that a row is."""
     choices = _choices(form, row)
-    filled = [_fill(form, row.fields, choice) for choice in choices]
+    filled = [_fill(form, row, choice) for choice in choices]
     framed = {prompt: surround(prompt) for prompt, _ in filled}
     return Question(
         prompts=tuple(framed[prompt][0] for prompt, _ in filled),
@@ -52,7 +52,7 @@ def pose(task: Task, form: Form, row: Row, surround: Frame) -> Question:
         lengths=tuple(map(len, choices)),
         label=_label(row, task.label, choices),
         group=str(row.fields.get(task.group, "")) if task.group else "",
-        where=row.where,
+        where=row.place,
     )
 
 
@@ -62,7 +62,7 @@ def _choices(form: Form, row: Row) -> list[str]:
     words = row.fields[form.choices]
     if not isinstance(words, list) or len(words) < 2 or not all(map(_filled, words)):
         raise InputError(
-            f"{row.where}: {form.choices!r} must list at least two texts; got {words!r}"
+            f"{row.place}: {form.choices!r} must list at least two texts; got {words!r}"
         )
     return words
 
@@ -71,10 +71,21 @@ def _filled(word: Any) -> bool:
     return isinstance(word, str) and word != ""
 
 
-def _fill(form: Form, fields: dict[str, Any], choice: str) -> tuple[str, str]:
-    before, _, after = str(fields.get("question", "")).partition("_")
-    known = {**fields, "choice": choice, "before": before, "after": after}
-    return form.prompt.format_map(known), form.answer.format_map(known)
+def _fill(form: Form, row: Row, choice: str) -> tuple[str, str]:
+    before, _, after = str(row.fields.get("question", "")).partition("_")
+    known = {**row.fields, "choice": choice, "before": before, "after": after}
+    return _filled_in(form.prompt, known, row.place), _filled_in(form.answer, known, row.place)
+
+
+def _filled_in(template: str, known: dict[str, Any], place: str) -> str:
+    try:
+        return template.format_map(known)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        fields = ", ".join(f"{name} {known.get(name)!r}" for name in names_in(template))
+        raise InputError(
+            f"{place}: the template {template!r} does not fit its {fields} ({error}); "
+            f"name fields as {{field}} alone"
+        ) from None
 
 
 def _label(row: Row, field: str, choices: list[str]) -> int:
@@ -85,5 +96,5 @@ def _label(row: Row, field: str, choices: list[str]) -> int:
     if isinstance(label, int) and 0 <= label < len(choices):
         return int(label)
     raise InputError(
-        f"{row.where}: {field!r} must be one of {choices} or its index from 0; got {label!r}"
+        f"{row.place}: {field!r} must be one of {choices} or its index from 0; got {label!r}"
     )

@@ -14,6 +14,7 @@ from eval.statistics import Interval
 Show = Callable[[float], str]
 
 
+@np.errstate(over="ignore")  # a perplexity may be inf
 def table(numbers: Sequence[Line]) -> Table:
     """Every number with its 95 % interval, and its paired difference from the first column.
 

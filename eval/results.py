@@ -1,5 +1,6 @@
 """What came out of a run: outcomes by task, the numbers made of them, and results.json."""
 
+import math
 import platform
 import shlex
 import sys
@@ -129,7 +130,7 @@ def _details(outcome: Answers | Surprise) -> dict[str, Any]:
     if isinstance(outcome, Surprise):
         total = outcome.counts.sum()
         return head | {
-            "perplexity": {c: float(np.exp(n.sum() / total)) for c, n in outcome.nats.items()},
+            "perplexity": {c: _exp(n.sum() / total) for c, n in outcome.nats.items()},
             "tokens": outcome.counts.tolist(),
             "nats": {column: values.tolist() for column, values in outcome.nats.items()},
         }
@@ -143,6 +144,14 @@ def _details(outcome: Answers | Surprise) -> dict[str, Any]:
         for n, question in enumerate(outcome.questions)
     ]
     return head | {"groups": by_group(outcome), "examples": examples}
+
+
+def _exp(nats: float) -> float | None:
+    """e to the power of `nats`, or None (null in JSON) where that is beyond a float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return None
 
 
 def _hash(source: str) -> dict[str, str]:

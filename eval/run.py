@@ -11,7 +11,7 @@ from rich.console import Console
 from eval import bench as benches
 from eval import columns, report, results, tasks
 from eval.bench import Bench
-from eval.config import Evaluation
+from eval.config import Evaluation, checked
 from eval.results import Answers, Line, Replies, Surprise
 from eval.tasks import Corpus, Task
 from lora_jax import bases
@@ -23,11 +23,14 @@ from lora_jax.tokens import load_tokenizer
 def run(settings: Evaluation) -> None:
     """Measures every task for every column, writes the results and prints the tables."""
     started = time.time()
+    checked(settings)
+    benches.sampling(settings)  # refuses what cannot be, before anything is measured
     refuse_existing(settings.out, settings.overwrite)
     wanted, folders = _wanted(settings), columns.read_paths(settings.adapters)
     base = bases.load_base(settings.base)
     built = columns.build(settings.compare, folders, base.config, settings.space)
     bench = Bench(settings, base, load_tokenizer(base.folder), built)
+    benches.refuse_beyond_context(bench, wanted)
     outcomes = [_measured(bench, task) for task in wanted]
     replies = benches.replies(bench) if settings.generate else None
     numbers = [line for outcome in outcomes for line in results.lines(outcome, settings.seed)]
@@ -45,8 +48,6 @@ def _wanted(settings: Evaluation) -> list[Task | Corpus]:
     names = [task.name for task in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"task {twice[0]!r} is given twice; name each once")
-    if settings.limit is not None and settings.limit < 1:
-        raise InputError(f"--limit must be at least 1; got {settings.limit}")
     if not found and not settings.generate:
         raise InputError("nothing to measure; name a task (such as arc_easy), --text or --generate")
     return found

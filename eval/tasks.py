@@ -25,7 +25,7 @@ class Form:
 
     def needs(self) -> set[str]:
         """The fields that a row must have."""
-        names = {*_names(self.prompt), *_names(self.answer)}
+        names = {*names_in(self.prompt), *names_in(self.answer)}
         names |= {"question"} if names & {"before", "after"} else set()
         names |= {self.choices} if isinstance(self.choices, str) else set()
         return names - {"choice", "before", "after"}
@@ -70,7 +70,8 @@ class Corpus:
     language: str = "en"
 
 
-def _names(template: str) -> Iterator[str]:
+def names_in(template: str) -> Iterator[str]:
+    """The fields that a template names."""
     return (name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
 
 
@@ -116,7 +117,7 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
             found.append(f"{key} must be a string; it is {raw[key]!r}")
         elif key in ("prompt", "answer"):
             try:
-                list(_names(raw[key]))
+                list(names_in(raw[key]))
             except ValueError as error:
                 found.append(f"{key} is not a template ({error}); write {{{{ for a brace")
     words = raw.get("choices", "")

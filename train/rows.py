@@ -1,20 +1,10 @@
 """Rows of data from JSONL and text files or the hub, each knowing where it came from."""
 
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_jax.errors import InputError
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a data set, and its place for error messages."""
-
-    fields: dict[str, Any]
-    place: str  # "tasks.jsonl line 12"
+from lora_jax.rows import Row, load_split, read_jsonl, read_lines
 
 
 def read_rows(sources: Iterable[str]) -> list[Row]:
@@ -32,10 +22,7 @@ def _read(source: str) -> Iterator[Row]:
     path = _existing(source)
     if path.suffix == ".txt":
         raise InputError(f"{path} is plain text; use --objective language-model or next-tokens")
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            if line.strip():
-                yield Row(_object(line, f"{path} line {number}"), f"{path} line {number}")
+    yield from read_jsonl(path)
 
 
 def _existing(source: str) -> Path:
@@ -45,33 +32,11 @@ def _existing(source: str) -> Path:
     return path
 
 
-def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error})") from None
-
-
-def _object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{place}: a row must be a JSON object; got {type(value).__name__}")
-    return value
-
-
 def _from_hub(source: str) -> Iterator[Row]:
     """Rows of hub:NAME[:SPLIT], through `datasets`."""
-    from datasets import load_dataset
-
     name, _, split = source.removeprefix("hub:").partition(":")
-    try:
-        data = load_dataset(name, split=split or "train")
-    except Exception as error:  # datasets raises a dozen kinds of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"could not load {source} from the hub: {reason}") from None
+    remedy = "check the name, or give a .jsonl file"
+    data = load_split(name, split=split or "train", told=source, remedy=remedy)
     for number, fields in enumerate(data):
         yield Row(dict(fields), f"{source} row {number}")
 
@@ -81,9 +46,7 @@ def read_texts(sources: Iterable[str]) -> list[str]:
     texts: list[str] = []
     for source in sources:
         if Path(source).suffix == ".txt":
-            path = _existing(source)
-            with path.open(encoding="utf-8-sig") as file:
-                texts += [line.strip() for line in _lines(file, path) if line.strip()]
+            texts += [line.strip() for line in read_lines(_existing(source)) if line.strip()]
         else:
             texts += [_text(row) for row in _read(source)]
     if not texts:

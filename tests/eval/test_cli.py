@@ -80,6 +80,8 @@ def test_replies_without_a_task(command, tmp_path, capsys):
         ([], "nothing to measure"),
         (["arc_easy", "arc_easy"], "given twice"),
         (["arc_easy", "--limit", "0"], "--limit must be at least 1; got 0"),
+        (["arc_easy", "--top-p", "2"], "top_p must lie in (0, 1]; got 2.0"),
+        (["arc_easy", "--generate", "Hi", "--most", "127"], "'Hi' has 2 tokens and --most 127"),
         (["piqa"], "piqa/validation.jsonl does not exist"),
         (["arc_easy", "--adapters", "a=/nowhere"], "/nowhere"),
         (["arc_easy", "--compare", "zzz"], "zzz"),

@@ -75,7 +75,15 @@ def test_choices_keep_to_top_k_and_top_p():
 
 
 @pytest.mark.parametrize(
-    "options", [{"most": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}]
+    "options",
+    [
+        {"most": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+    ],
 )
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):

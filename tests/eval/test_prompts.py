@@ -3,9 +3,9 @@
 import pytest
 
 from eval.prompts import frame, pose
-from eval.rows import Row
-from eval.tasks import find
+from eval.tasks import Form, find
 from lora_jax.errors import InputError
+from lora_jax.rows import Row
 
 ARC = {"question": "What is hot?", "choices": ["ice", "fire"], "label": 1}
 BLANK = {"question": "Ann thanked Bob, for _ had helped.", "choices": ["Ann", "Bob"], "label": 1}
@@ -81,3 +81,10 @@ def test_a_label_may_be_words(tokenizer):
 def test_bad_rows_are_refused(tokenizer, change, message):
     with pytest.raises(InputError, match=message):
         posed("arc_easy", ARC | change, "plain", tokenizer)
+
+
+@pytest.mark.parametrize("field", ["{question:d}", "{question.colour}", "{question:{width}}"])
+def test_a_template_that_does_not_fit_is_refused(tokenizer, field):
+    with pytest.raises(InputError, match=r"f line 1: the template .* question") as refused:
+        pose(find("arc_easy"), Form(field), Row(ARC, "f line 1"), frame("plain", tokenizer))
+    assert repr(field) in str(refused.value)

@@ -80,3 +80,13 @@ def test_tables_and_chart_show_every_column(answers, surprise, tmp_path):
         assert shown in text
     report.chart(numbers, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_perplexity_beyond_floats_is_null():
+    huge = results.Surprise("text", "nowhere.txt", {"base": np.array([1e4])}, np.array([10]))
+    numbers = results.lines(huge)
+    found = results.document([huge], numbers, None, {})
+    assert json.loads(json.dumps(found, allow_nan=False))["tasks"][0]["perplexity"] == {
+        "base": None
+    }
+    assert report.table(numbers).row_count == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval import rows
+from eval import hub, rows
 from eval.rows import load_rows, load_text
 from eval.tasks import Corpus, Form, Hub, Task
 from lora_jax.errors import InputError
@@ -29,7 +29,7 @@ def task(**options) -> Task:
 
 def test_rows_know_their_line(root):
     found = load_rows(task(), FORM, root(GOOD + "\n" + GOOD))
-    assert [row.where.rpartition("/")[2] for row in found] == [
+    assert [row.place.rpartition("/")[2] for row in found] == [
         "test.jsonl line 1",
         "test.jsonl line 3",
     ]
@@ -71,16 +71,35 @@ def test_a_limit_draws_rows_by_the_seed_in_their_order(root):
 
 
 def test_hub_rows_are_made_ours(monkeypatch):
-    def split(hub, config):
+    def split(name, config, **options):
         return [{"q": f"{config} {n}"} for n in range(2)]
 
     def ours(row):
         return {"question": row["q"], "choices": ["a", "b"], "label": 1, "task": row["config"]}
 
-    monkeypatch.setattr(rows, "_hub_split", split)
+    monkeypatch.setattr(rows, "load_split", split)
     found = load_rows(task(hub=Hub("o/t", ("x", "y"), "test", ours)), FORM)
     assert [row.fields["question"] for row in found] == ["x 0", "x 1", "y 0", "y 1"]
-    assert found[2].where == "o/t y test row 0"
+    assert found[2].place == "o/t y test row 0"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"goal": "g", "sol1": "a", "label": 0}, r"row 0 lacks 'sol2'; it has goal, sol1, label"),
+        ({"goal": "g", "sol1": "a", "sol2": "b", "label": ""}, r"row 0 has a field that cannot be"),
+    ],
+)
+def test_hub_rows_of_another_form_are_refused(monkeypatch, fields, message):
+    monkeypatch.setattr(rows, "load_split", lambda *names, **options: [fields])
+    with pytest.raises(InputError, match=message):
+        load_rows(task(hub=Hub("o/t", row=hub.piqa)), FORM)
+
+
+def test_hub_texts_have_text(monkeypatch):
+    monkeypatch.setattr(rows, "load_split", lambda *names, **options: [{"page": "p"}])
+    with pytest.raises(InputError, match="row 0 lacks 'text'; it has page"):
+        load_text(Corpus("c", "c.txt", Hub("o/t")))
 
 
 def test_the_hub_out_of_reach_is_one_error(monkeypatch):
@@ -102,3 +121,14 @@ def test_texts(tmp_path):
         load_text(Corpus("b", "b.txt"), tmp_path)
     with pytest.raises(InputError, match=r"c.txt does not exist"):
         load_text(Corpus("c", "c.txt"), tmp_path)
+
+
+def test_other_bytes_and_byte_order_marks(tmp_path, root):
+    path = root("") / "t" / "test.jsonl"
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert load_rows(task(), FORM, tmp_path)[0].fields["question"] == "q"
+    for name, read in [("t/test.jsonl", load_rows), ("a.txt", load_text)]:
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+        given = (task(), FORM) if read is load_rows else (Corpus("a", name),)
+        with pytest.raises(InputError, match=f"{name} is not UTF-8"):
+            read(*given, tmp_path)

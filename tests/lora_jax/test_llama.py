@@ -13,11 +13,13 @@ from lora_jax.project import Dropout
 def reach(config, weights, at, length):
     """For each of `length` distinct tokens, how strongly the hidden state `at` depends on it."""
 
-    def state(embed):
+    @jax.jit
+    @jax.grad
+    def slope(embed):
         tokens = jnp.arange(length)[None]
         return models.forward(config, {**weights, "embed": embed}, {}, tokens).hidden[0, at].sum()
 
-    return jnp.abs(jax.grad(state)(weights["embed"])).sum(-1)[:length]
+    return np.abs(slope(weights["embed"])).sum(-1)[:length]
 
 
 def test_a_state_depends_on_its_past_and_never_on_its_future(config, weights):
@@ -110,7 +112,8 @@ def test_rematerialising_changes_no_state_and_no_gradient(
     def loss(adapter, remat):
         return jnp.sum(models.forward(config, weights, adapter, tokens, remat=remat).hidden ** 2)
 
-    plain, kept = (jax.value_and_grad(loss)(adapter, remat) for remat in (False, True))
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, kept = (both(adapter, remat) for remat in (False, True))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), plain, kept)
 
 
@@ -135,10 +138,13 @@ def test_observation_sees_every_projections_input_and_module_a_layer(
     np.testing.assert_allclose(seen["self_attn.q_proj"]["input"][0], first, rtol=1e-4, atol=1e-5)
 
 
-def test_an_observer_that_returns_nothing_costs_nothing(config, weights, random_tokens):
-    out = models.forward(config, weights, {}, random_tokens(1, 3), observe=lambda *_: None)
-    assert not jax.tree.leaves(out.observed)
-    assert models.forward(config, weights, {}, random_tokens(1, 3)).observed is None
+def test_an_observer_that_returns_nothing_leaves_nothing(config, weights, random_tokens):
+    def observed(**options):
+        run = lambda: models.forward(config, weights, {}, random_tokens(1, 3), **options)  # noqa: E731
+        return jax.eval_shape(run).observed
+
+    assert not jax.tree.leaves(observed(observe=lambda *_: None))
+    assert observed() is None
 
 
 def test_stacked_adapters_under_vmap_are_as_one_by_one(
@@ -146,7 +152,8 @@ def test_stacked_adapters_under_vmap_are_as_one_by_one(
 ):
     adapters, tokens = [random_lora(config, seed) for seed in range(3)], random_tokens(2, 6)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *adapters)
-    together = jax.vmap(lambda a: models.forward(config, weights, a, tokens).hidden)(stacked)
+    run = jax.vmap(lambda adapter: models.forward(config, weights, adapter, tokens).hidden)
+    together = jax.jit(run)(stacked)
     for one, states in zip(adapters, together, strict=True):
         np.testing.assert_allclose(states, hidden(config, weights, one, tokens), atol=2e-5)
 
@@ -192,20 +199,19 @@ def test_ia3_on_the_intermediate_is_the_same_on_either_side(
 
 
 def test_dropout_depends_on_its_key_and_leaves_the_base_alone(
-    config, weights, random_lora, random_tokens
+    config, weights, hidden, random_lora, random_tokens
 ):
     adapter, tokens = random_lora(config), random_tokens(2, 6)
 
     def states(adapter, seed, rate=0.5):
         dropout = Dropout(jax.random.key(seed), rate)
-        return models.forward(config, weights, adapter, tokens, dropout=dropout).hidden
+        return np.asarray(hidden(config, weights, adapter, tokens, dropout=dropout))
 
     assert (states(adapter, 0) == states(adapter, 0)).all()
     assert not np.allclose(states(adapter, 0), states(adapter, 1), atol=1e-2)
-    none = models.forward(config, weights, adapter, tokens).hidden
-    np.testing.assert_allclose(states(adapter, 0, rate=0.0), none, atol=1e-6)
-    base = models.forward(config, weights, {}, tokens).hidden
-    np.testing.assert_allclose(states({}, 0), base, atol=1e-6)
+    none = hidden(config, weights, adapter, tokens)
+    np.testing.assert_allclose(states(adapter, 0, rate=0.0), none, atol=1e-5)
+    np.testing.assert_allclose(states({}, 0), hidden(config, weights, {}, tokens), atol=1e-5)
 
 
 def test_bfloat16_states_are_bfloat16_and_near_float32(

@@ -13,28 +13,28 @@ a = modules.init_lora(jax.random.key(1), models.projections(c), c.layers,
                       targets=["q_proj", "down_proj"], rank=2, alpha=4)
 a = jax.tree.map(lambda x: x + 0.1, a)
 x = jax.random.randint(jax.random.key(2), (8, 6), 0, 256)
-states = jax.jit(lambda w, a, x: models.forward(c, w, a, x).hidden)
-def loss(a, w, x): return jnp.mean(states(w, a, x)[:, -1] ** 2 + states(w, a, x)[:, -1])
-one, slope = states(w, a, x), jax.grad(loss)(a, w, x)
-for sizes in [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 4)]:
+@jax.jit
+def run(a, w, x):
+    def loss(a):
+        states = models.forward(c, w, a, x).hidden
+        return jnp.mean(states[:, -1] ** 2 + states[:, -1]), states
+    (_, states), slope = jax.value_and_grad(loss, has_aux=True)(a)
+    return states, slope
+one = run(a, w, x)
+for sizes in [(8, 1, 1), (2, 2, 2), (1, 2, 4)]:
     m = mesh.make_mesh(*sizes)
     placed = jax.device_put(w, table.shardings(models.table(c), m))
-    rows = mesh.put_batch(np.asarray(x), m)
-    spread = jax.device_put(a, mesh.replicated(m))
-    many = states(placed, spread, rows)
-    assert len(many.devices()) == 8
-    np.testing.assert_allclose(many, one, atol=2e-5)
-    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-3, atol=1e-5),
-                 jax.grad(loss)(spread, placed, rows), slope)
+    many = run(jax.device_put(a, mesh.replicated(m)), placed, mesh.put_batch(np.asarray(x), m))
+    assert len(many[0].devices()) == 8
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-3, atol=2e-5), many, one)
     q = placed["layers"]["self_attn.q_proj"]
-    shares = q.addressable_shards[0].data.size * sizes[1] * sizes[2]
-    assert shares == q.size, (sizes, shares, q.size)
+    assert q.addressable_shards[0].data.size * sizes[1] * sizes[2] == q.size
     print("same", *sizes)
 """
 
 
 def test_eight_devices_compute_what_one_does_however_they_are_laid_out(run_on_devices):
-    assert run_on_devices(COMPARE).count("same") == 5
+    assert run_on_devices(COMPARE).count("same") == 3
 
 
 def test_weights_load_onto_a_mesh(base_folder, run_on_devices):
