@@ -72,7 +72,7 @@ def test_a_routed_result_is_a_library_with_its_settings(compose, config):
 
 def test_an_existing_folder_is_refused_before_any_work(compose, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
+    (tmp_path / "out" / "adapter_config.json").touch()
     monkeypatch.setattr("compose.command.load_input", lambda *_: pytest.fail("worked"))
     with pytest.raises(InputError, match="exists; choose another --out or pass --overwrite"):
         compose("chat")

@@ -9,6 +9,14 @@ import pytest
 from train.interrupt import stop_asked
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A job in the background starts with SIGINT ignored; these tests hear it all the same."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_and_is_told(number, capfd):
     with stop_asked() as asked:

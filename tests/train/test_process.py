@@ -61,7 +61,7 @@ def test_a_killed_run_resumes_to_the_same_bits(launched, finished, base):
 def test_an_interrupted_run_keeps_its_last_step(launched, finished, base):
     config, process = launched()
     started(process, config.out, random.randint(12, 45))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # a background job ignores SIGINT
     _, told = process.communicate()
     assert process.returncode == 130 and "Traceback" not in told
     step = int(re.search(r"stopped after step (\d+); --resume goes on", told)[1])

@@ -104,6 +104,7 @@ def test_an_existing_folder_is_refused_and_survives_a_mistake(finished, base, wr
 def test_overwriting_leaves_nothing_of_the_old_run(config_of, base):
     config = config_of(**STILL)
     config.out.mkdir()
+    (config.out / "training.json").write_text("{}")
     (config.out / "old.txt").write_text("old")
     train(replace(config, overwrite=True), base)
     assert not (config.out / "old.txt").exists()
