@@ -17,10 +17,13 @@ def route(x: jax.Array, prototypes: jax.Array, top_k: int, temperature: float = 
     `x` is (..., I) and not normalised; `prototypes` is (M, I). Alignment is |x·p|, unsigned because
     a singular vector's sign is arbitrary. Modules that tie for the last place all take part.
     """
-    logits = jnp.abs(jnp.einsum("...I,MI->...M", x, prototypes.astype(x.dtype)))
-    logits = logits.astype(jnp.float32)
-    chosen = logits >= _kth_largest(logits, top_k)
-    return jax.nn.softmax(logits / temperature, where=chosen)
+    return _mixed(jnp.einsum("...I,MI->...M", x, prototypes.astype(x.dtype)), top_k, temperature)
+
+
+def _mixed(alignment: jax.Array, top_k: int, temperature: float) -> jax.Array:
+    """Mixing weights (..., M) in float32 from each token's x·p."""
+    logits = jnp.abs(alignment).astype(jnp.float32)
+    return jax.nn.softmax(logits / temperature, where=logits >= _kth_largest(logits, top_k))
 
 
 def _kth_largest(logits: jax.Array, k: int) -> jax.Array:
@@ -42,11 +45,14 @@ def routed(x: jax.Array, experts: Experts) -> jax.Array:
     times all b's stacked. The array (tokens, M, O) never exists. "factors" is
     (Σ wₑ aₑ)(Σ wₑ bₑ): the same two products with the ranks summed between them.
     """
-    weights = route(x, experts.prototypes, experts.top_k, experts.temperature).astype(x.dtype)
     count, rank = experts.a.shape[-3], experts.a.shape[-1]
-    a = rearrange(experts.a, "M I R -> I (M R)").astype(x.dtype)
+    a = rearrange(experts.a, "M I R -> I (M R)")
     b = rearrange(experts.b, "M R O -> (M R) O").astype(x.dtype)
-    inner = rearrange(x @ a, "... (M R) -> ... M R", M=count) * weights[..., None]
+    # Prototypes and a's meet x in one product: thin ones cost by their number, not their width.
+    both = x @ jnp.concatenate([experts.prototypes.T, a], axis=1).astype(x.dtype)
+    weights = _mixed(both[..., :count], experts.top_k, experts.temperature).astype(x.dtype)
+    inner = both[..., count:]
     if experts.mixing == "factors":
-        inner = inner.sum(-2, keepdims=True) * weights[..., None]
-    return inner.reshape(*x.shape[:-1], count * rank) @ b
+        inner = rearrange(inner, "... (M R) -> ... M R", M=count) * weights[..., None]
+        inner = jnp.tile(inner.sum(-2), count)
+    return (inner * jnp.repeat(weights, rank, axis=-1)) @ b
