@@ -18,7 +18,7 @@ from compose.library import Library, Routing, stack
 from compose.lowrank import svd
 from lora_jax import models
 from lora_jax.errors import InputError
-from lora_jax.llama import Observe
+from lora_jax.models import Observe
 from lora_jax.modules import Adapter, Experts, LoRA, Module
 from lora_jax.routing import route
 

@@ -99,7 +99,7 @@ def _stack(stored: Mapping[str, Any], leaf: Leaf, folder: Path) -> np.ndarray:
     refuse_all([f"{name} holds NaN or infinite values" for name in bad], str(folder))
     if leaf.transposed:
         tensors = [t.T for t in tensors]
-    return np.stack(tensors) if "{n}" in leaf.name else tensors[0]
+    return np.stack(tensors) if leaf.stacked else tensors[0]
 
 
 def _place(tensor: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
@@ -119,7 +119,7 @@ def write_model(folder: Path, config: models.Config, weights: Mapping[str, Any])
     flat, tensors = flatten(weights), {}
     for path, leaf in models.table(config).items():
         value = np.asarray(flat[path])
-        layers = value if "{n}" in leaf.name else [value]
+        layers = value if leaf.stacked else [value]
         for name, tensor in zip(leaf.names(), layers, strict=True):
             tensors[name] = np.ascontiguousarray(tensor.T if leaf.transposed else tensor)
     write_json(folder / "config.json", models.config_to_huggingface(config))

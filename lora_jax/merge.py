@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
+from lora_jax.decoder import where, with_saved
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, Adapter, LoRA, Module
+from lora_jax.modules import IA3, Adapter, LoRA, Module, Saved
+from lora_jax.table import flatten, nest
 
 
 def merge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -24,28 +24,35 @@ def unmerge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def _change(weights: Mapping[str, Any], adapter: Adapter, sign: int) -> dict[str, Any]:
-    layers = dict(weights["layers"])
-    lost = [path for path in adapter if path not in layers]
-    if lost:
-        raise InputError(f"this model has no projection {', '.join(lost)} for a module")
+    if sign < 0 and any(isinstance(module, Saved) for module in adapter.values()):
+        raise InputError("a weight that an adapter replaced cannot be subtracted again")
+    weights, adapter = with_saved(weights, adapter)
+    flat = flatten(weights)
+    changed = {}
     for path, module in adapter.items():
-        bias = layers.get(f"{path}.bias")
-        layers[path], bias = _changed(path, layers[path], bias, module, sign)
+        stack, name = where(weights, path)
+        key = f"{stack}.{name}" if stack else name
+        if path == "unembed" and key not in flat:
+            flat[key] = flat["embed"].T  # no longer tied
+        if key not in flat:
+            raise InputError(f"this model has no projection {path} for a module")
+        bias = flat.get(f"{key}.bias")
+        changed[key], bias = _changed(path, flat[key], bias, module, sign)
         if bias is not None:
-            layers[f"{path}.bias"] = bias
-    return {**weights, "layers": layers}
+            changed[f"{key}.bias"] = bias
+    return nest(flat | changed)
 
 
 def _changed(path: str, kernel: Any, bias: Any, module: Module, sign: int) -> tuple[Any, Any]:
-    """A kernel (N, I, O) and bias (N, O) after one module is put in or taken out."""
+    """A kernel (..., I, O) and bias (..., O) after one module is put in or taken out."""
     match module:
         case LoRA(a, b, scale):
-            delta = jnp.einsum("NIR,NRO->NIO", a, b) * (sign * scale)
+            delta = (a @ b) * (sign * scale)
             return (kernel + delta).astype(kernel.dtype), bias
         case IA3(offset, on):
             factor = (1 + offset) ** sign
             if on == "input":
-                return (kernel * factor[:, :, None]).astype(kernel.dtype), bias
-            scaled = (kernel * factor[:, None, :]).astype(kernel.dtype)
+                return (kernel * factor[..., :, None]).astype(kernel.dtype), bias
+            scaled = (kernel * factor[..., None, :]).astype(kernel.dtype)
             return scaled, None if bias is None else (bias * factor).astype(bias.dtype)
     raise InputError(f"{path}: {type(module).__name__} cannot be merged into one kernel")

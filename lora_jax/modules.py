@@ -52,22 +52,31 @@ class Experts:
     mixing: str = struct.field(pytree_node=False, default="outputs")
 
 
-Module = LoRA | IA3 | Experts
+@struct.dataclass
+class Saved:
+    """A base weight that was trained whole and goes with the adapter (PEFT's modules_to_save).
+
+    Its path is the weight's own ("embed", "self_attn.q_proj.bias"); it takes that weight's place.
+    """
+
+    value: jax.Array  # as the base holds it: kernels (..., I, O), a layer axis in front
+
+
+Module = LoRA | IA3 | Experts | Saved
 Adapter = Mapping[str, Module]  # keyed by the projection's path in a layer: "self_attn.q_proj"
 
-# Which projections IA3 rescales in the Llama family, and on which side.
-# PEFT's layout, and the PEM paper's (keys, values and the intermediate activation).
-IA3_LAYOUTS = {
-    "peft": {"self_attn.k_proj": "output", "self_attn.v_proj": "output", "mlp.down_proj": "input"},
-    "pem": {"self_attn.k_proj": "output", "self_attn.v_proj": "output", "mlp.up_proj": "output"},
-}
-
-Shapes = Mapping[str, tuple[int, int]]  # a projection's path to its (in, out) sizes
+# A projection's path to its sizes: (layers, in, out), or (in, out) where there is just one.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def resolve_targets(targets: Iterable[str], shapes: Shapes) -> list[str]:
-    """The paths in `shapes` that `targets` name, whole or by their last part, in table order."""
+    """The paths in `shapes` that `targets` name, whole or by their last parts, in table order.
+
+    "all-linear" names them all.
+    """
     wanted = list(targets)
+    if wanted == ["all-linear"]:
+        return list(shapes)
     unknown = [t for t in wanted if not any(_names(t, path) for path in shapes)]
     if unknown:
         raise InputError(
@@ -84,7 +93,6 @@ def _names(target: str, path: str) -> bool:
 def init_lora(
     key: jax.Array,
     shapes: Shapes,
-    layers: int,
     *,
     targets: Iterable[str],
     rank: int,
@@ -102,23 +110,27 @@ def init_lora(
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
 
     def one(path: str) -> LoRA:
-        fan_in, fan_out = shapes[path]
+        *lead, fan_in, fan_out = shapes[path]
         draw = jax.random.fold_in(key, zlib.crc32(path.encode()))
         bound = 1 / math.sqrt(fan_in)
-        a = jax.random.uniform(draw, (layers, fan_in, rank), jnp.float32, -bound, bound)
-        return LoRA(a, jnp.zeros((layers, rank, fan_out), jnp.float32), scale)
+        a = jax.random.uniform(draw, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+        return LoRA(a, jnp.zeros((*lead, rank, fan_out), jnp.float32), scale)
 
     return {path: one(path) for path in resolve_targets(targets, shapes)}
 
 
-def init_ia3(shapes: Shapes, layers: int, *, layout: str = "peft") -> dict[str, IA3]:
-    """A new IA3 module, the identity, in PEFT's layout or the PEM paper's ("pem")."""
-    if layout not in IA3_LAYOUTS:
-        raise InputError(f"unknown IA3 layout {layout!r}; choose from {', '.join(IA3_LAYOUTS)}")
-    sides = IA3_LAYOUTS[layout]
-    paths = resolve_targets(sides, shapes)
-    size = {path: shapes[path][0 if sides[path] == "input" else 1] for path in paths}
-    return {p: IA3(jnp.zeros((layers, size[p]), jnp.float32), sides[p]) for p in paths}
+def init_ia3(shapes: Shapes, sides: Mapping[str, str]) -> dict[str, IA3]:
+    """A new IA3 module, the identity: `sides` says which projections, "output" or "input" each.
+
+    `models.ia3_layouts` has PEFT's choice for a family, and the PEM paper's.
+    """
+
+    def one(path: str) -> IA3:
+        *lead, fan_in, fan_out = shapes[path]
+        size = fan_in if sides[path] == "input" else fan_out
+        return IA3(jnp.zeros((*lead, size), jnp.float32), sides[path])
+
+    return {path: one(path) for path in resolve_targets(sides, shapes)}
 
 
 def describe(adapter: Adapter) -> str:

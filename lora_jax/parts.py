@@ -14,6 +14,14 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return (wide * scale).astype(x.dtype) * gain
 
 
+def layer_norm(x: Array, gain: Array, bias: Array, eps: float) -> Array:
+    """x (..., D) less its mean, over its deviation, times a gain, plus a bias; in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * gain + bias
+
+
 def rope_tables(positions: Array, width: int, base: float) -> tuple[Array, Array]:
     """Cosines and sines (B, T, 1, C/2) of the rotary angles at `positions` (B, T)."""
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
@@ -22,11 +30,15 @@ def rope_tables(positions: Array, width: int, base: float) -> tuple[Array, Array
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """x (B, T, heads, C) rotated by its position, in halves, as Hugging Face stores it."""
+    """x (B, T, heads, C) rotated by its position, in halves, as Hugging Face stores it.
+
+    Tables narrower than C / 2 turn a head's first numbers and leave the rest.
+    """
     cos, sin = tables
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    left, right = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
 
 @struct.dataclass
@@ -82,6 +94,17 @@ def attention_mask(
     return mask[:, None]
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention: q (B, T, H, C) over k and v (B, S, K, C); softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    *,
+    scale: float | None = None,
+    bias: Array | None = None,
+) -> Array:
+    """Grouped-query attention: q (B, T, H, C) over k and v (B, S, K, C); softmax in float32.
+
+    Logits are q·k times `scale` (1 / sqrt(C) by default) plus `bias` (B or 1, H, T, S).
+    """
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)

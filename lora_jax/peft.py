@@ -19,6 +19,7 @@ from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import read_json
 from lora_jax.modules import IA3, LoRA, Module
 from lora_jax.peft_write import CONFIG, PREFIX, WEIGHTS, save_adapter, write_adapter
+from lora_jax.table import kernels
 
 __all__ = ["CONFIG", "WEIGHTS", "load_adapter", "save_adapter", "write_adapter"]
 
@@ -134,11 +135,10 @@ def _is_named(key: str, name: str) -> bool:
 
 def _stems(config: models.Config) -> dict[str, tuple[int, str]]:
     """The checkpoint's name of every projection, without ".weight", to its layer and path."""
-    table = models.table(config)
     return {
         name.removesuffix(".weight"): (layer, path)
-        for path in models.projections(config)
-        for layer, name in enumerate(table[f"layers.{path}"].names())
+        for path, leaf in kernels(models.table(config)).items()
+        for layer, name in enumerate(leaf.names())
     }
 
 
@@ -148,13 +148,14 @@ def _by_path(parts: list[_Part], role: str, config: models.Config, folder: Path)
     for part in parts:
         if part.role == role:
             table.setdefault(part.path, {})[part.layer] = part.value
+    shapes = models.projections(config)
     problems = [
-        f"{path} has {role} on {len(layers)} of {config.layers} layers"
+        f"{path} has {role} on {len(layers)} of {shapes[path][0]} layers"
         for path, layers in table.items()
-        if len(layers) != config.layers
+        if len(layers) != shapes[path][0]
     ]
     refuse_all(problems, str(folder / WEIGHTS))
-    return {path: [layers[n] for n in range(config.layers)] for path, layers in table.items()}
+    return {path: [layers[n] for n in sorted(layers)] for path, layers in table.items()}
 
 
 def _lora(parts: list[_Part], settings: Mapping[str, Any], config, folder) -> dict[str, Module]:
@@ -164,8 +165,9 @@ def _lora(parts: list[_Part], settings: Mapping[str, Any], config, folder) -> di
     sizes = models.projections(config)
     rank_of = _setting(settings, "r", "rank_pattern", folder)
     for path in a.keys() & b.keys():
-        ranks = [rank_of(path, layer) for layer in range(config.layers)]
-        problems += _shape_problems(path, a[path], b[path], sizes[path], ranks)
+        layers, *size = sizes[path]
+        ranks = [rank_of(path, layer) for layer in range(layers)]
+        problems += _shape_problems(path, a[path], b[path], (size[0], size[1]), ranks)
     refuse_all(problems, str(folder / WEIGHTS))
     scale_of = _scales(settings, folder)
     return {path: _one_lora(path, a[path], b[path], scale_of) for path in sizes if path in a}
@@ -243,7 +245,8 @@ def _ia3(parts: list[_Part], settings: Mapping[str, Any], config, folder) -> dic
     sizes, adapter, problems = models.projections(config), {}, []
     for path, values in stored.items():
         on = "input" if values[0].shape[0] == 1 else "output"
-        shape = (1, sizes[path][0]) if on == "input" else (sizes[path][1], 1)
+        _, fan_in, fan_out = sizes[path]
+        shape = (1, fan_in) if on == "input" else (fan_out, 1)
         if any(v.shape != shape for v in values):
             problems.append(f"{path} has ia3_l of shape {values[0].shape}, the base asks {shape}")
             continue

@@ -10,6 +10,7 @@ from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import new_folder, save_tensors, write_json
 from lora_jax.modules import IA3, Adapter, LoRA
+from lora_jax.table import kernels
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -109,9 +110,9 @@ def _ia3_settings(adapter: Mapping[str, IA3]) -> dict[str, Any]:
 
 def _named_tensors(adapter: Adapter, config: models.Config) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the adapter under its PEFT name, in PEFT's orientation."""
-    table = models.table(config)
+    leaves = kernels(models.table(config))
     for path, module in adapter.items():
-        for layer, stored in enumerate(table[f"layers.{path}"].names()):
+        for layer, stored in enumerate(leaves[path].names()):
             name = PREFIX + stored.removesuffix(".weight")
             if isinstance(module, LoRA):
                 yield f"{name}.lora_A.weight", _row_major(module.a[layer].T)

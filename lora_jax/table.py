@@ -25,33 +25,56 @@ class Leaf:
     transposed: bool = False  # a checkpoint stores (out, in), we hold (in, out)
     norm: bool = False  # a norm's gain: one at initialisation
 
+    @property
+    def stacked(self) -> bool:
+        """Whether every layer has one."""
+        return "{n}" in self.name
+
     def names(self) -> list[str]:
         """What a checkpoint calls this weight: one name, or one a layer."""
-        if "{n}" not in self.name:
+        if not self.stacked:
             return [self.name]
         return [self.name.replace("{n}", str(n)) for n in range(self.shape[0])]
 
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of each stored tensor."""
-        shape = self.shape[1:] if "{n}" in self.name else self.shape
+        shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 
 
 Table = Mapping[str, Leaf]  # keyed "embed", "layers.self_attn.q_proj": the path in the weights
 
+# Stacks of layers. Modules in "layers" are known by their path in a layer ("self_attn.q_proj"),
+# others by their whole path ("encoder.SelfAttention.q").
+STACKS = ("layers", "encoder", "decoder")
+
 # Which mesh axis each weight axis is cut along. A layer is never cut: the scan walks it.
 MESH_AXES = {"D": "fsdp", "H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
 
+def module_path(key: str) -> str:
+    """What an adapter calls the weight at `key`."""
+    return key.removeprefix("layers.")
+
+
+def kernels(table: Table) -> dict[str, Leaf]:
+    """The projections that every layer has, by module path: what a module can change."""
+    return {
+        module_path(key): leaf
+        for key, leaf in table.items()
+        if leaf.stacked and len(leaf.shape) == 3
+    }
+
+
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights' tree: top-level weights by name, and the layers' in one dict of paths."""
-    tree: dict[str, Any] = {"layers": {}}
-    for path, value in flat.items():
-        where, _, rest = path.partition(".")
-        if where == "layers":
-            tree["layers"][rest] = value
+    """The weights' tree: top-level weights by name, and each stack's in one dict of paths."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        stack, _, name = key.partition(".")
+        if stack in STACKS:
+            tree.setdefault(stack, {})[name] = value
         else:
-            tree[path] = value
+            tree[key] = value
     return tree
 
 

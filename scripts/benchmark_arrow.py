@@ -43,11 +43,11 @@ def routed_forward(counts: tuple[int, ...] = (10, 100), rows: int = 8, length: i
     @jax.jit
     def logits(weights, adapter):
         hidden = models.forward(base.config, weights, adapter, tokens).hidden
-        return models.unembed(base.config, weights, hidden)
+        return models.unembed(base.config, weights, adapter, hidden)
 
     def library(count: int) -> dict[str, Experts]:
-        lead = (base.config.layers, count)
-        return {path: random_experts(jax.random.key(1), lead, *shapes[path]) for path in TARGETS}
+        key = jax.random.key(1)
+        return {p: random_experts(key, (shapes[p][0], count), *shapes[p][1:]) for p in TARGETS}
 
     adapters = {"plain": {}} | {f"{n} experts": library(n) for n in counts}
     taken = alternate({n: partial(logits, base.weights, a) for n, a in adapters.items()})

@@ -101,7 +101,7 @@ def ours(steps: int) -> dict[str, float]:
         batch = jax.tree.map(jax.device_put, assemble(plan, np.arange(ROWS)))
         shapes = models.projections(base.config)
         adapter = init_lora(
-            jax.random.key(0), shapes, base.config.layers, targets=TARGETS, rank=RANK, alpha=ALPHA
+            jax.random.key(0), shapes, targets=TARGETS, rank=RANK, alpha=ALPHA
         )
         programs = make_programs(config, base.config, steps=1000)
         state = programs.start(adapter)
@@ -134,8 +134,8 @@ def _step_flops(config, labels: int) -> float:
     """Operations of a step's products with frozen kernels: forward, and back to the inputs."""
     from lora_jax import models
 
-    layer = sum(i * o for i, o in models.projections(config).values())
-    body = 2 * layer * config.layers * ROWS * LENGTH
+    kernels = sum(n * i * o for n, i, o in models.projections(config).values())
+    body = 2 * kernels * ROWS * LENGTH
     return 2 * (body + 2 * config.width * config.vocabulary * labels)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import checkpoint, models, modules, table
+from lora_jax.families import llama
 
 # Compiling, not running, is what tiny programs cost: without its optimizer XLA takes a third.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -34,9 +35,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def config() -> models.Config:
+def config() -> llama.Config:
     """A Llama of two layers; its vocabulary is the bytes, two special tokens and six spare."""
-    return models.Config(
+    return llama.Config(
         kind="llama",
         vocabulary=264,
         width=32,
@@ -71,7 +72,6 @@ def random_lora():
         adapter = modules.init_lora(
             key,
             models.projections(config),
-            config.layers,
             targets=targets,
             rank=rank,
             alpha=alpha,
@@ -90,7 +90,7 @@ def random_ia3():
     """A function to an IA3 module that is not the identity."""
 
     def make(config, seed=0, *, layout="peft", size=0.3):
-        adapter = modules.init_ia3(models.projections(config), config.layers, layout=layout)
+        adapter = modules.init_ia3(models.projections(config), models.ia3_layouts(config)[layout])
         key = jax.random.key(seed)
         return {
             path: m.replace(

@@ -22,7 +22,7 @@ class Config:
     preset: str = ""  # a paper's settings as defaults: see the names in train/presets.py
 
     kind: Literal["lora", "ia3"] = "lora"  # kind of module
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # LoRA's projections
+    targets: tuple[str, ...] = ()  # LoRA's projections; all-linear (default: the attention's)
     rank: int = 8  # LoRA's rank
     alpha: float = 16.0  # LoRA's scale is alpha / rank
     rslora: bool = False  # LoRA's scale is alpha / sqrt(rank) instead

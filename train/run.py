@@ -105,14 +105,13 @@ def first_adapter(config: Config, base: Base) -> Adapter:
     """The module as it is before the first step."""
     if config.start_from is not None:
         return peft.load_adapter(config.start_from, base.config)
-    shapes, layers = models.projections(base.config), base.config.layers
+    shapes = models.projections(base.config)
     if config.kind == "ia3":
-        return init_ia3(shapes, layers, layout=config.ia3_layout)
+        return init_ia3(shapes, models.ia3_layouts(base.config)[config.ia3_layout])
     return init_lora(
         jax.random.key(config.init_seed),
         shapes,
-        layers,
-        targets=config.targets,
+        targets=config.targets or models.default_targets(base.config),
         rank=config.rank,
         alpha=config.alpha,
         rslora=config.rslora,

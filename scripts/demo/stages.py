@@ -262,7 +262,6 @@ def _start(shop: Workshop) -> Adapter:
     return init_lora(
         jax.random.key(shop.seed),
         models.projections(shop.base.config),
-        shop.base.config.layers,
         targets=PROJECTIONS,
         rank=RANK,
         alpha=ALPHA,

@@ -1,0 +1,1 @@
+"""The model families, one file each: a config, a weight table, and what one layer does."""
