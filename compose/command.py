@@ -12,10 +12,10 @@ from compose.expression import refuse_rank, resolve
 from compose.folder import save_library
 from compose.functions import Value
 from compose.geometry import recompress_members
-from compose.inputs import base_name, load_input
+from compose.inputs import base_name, load_input, named_folders
 from compose.library import Library
-from compose.syntax import NAME, names, refuse_unknown
-from lora_jax import bases, checkpoint, models, peft
+from compose.syntax import names, refuse_unknown
+from lora_jax import bases, models, peft
 from lora_jax.errors import InputError
 from lora_jax.files import refuse_existing
 from lora_jax.runtime import prepare
@@ -48,7 +48,7 @@ def run(command: Command) -> None:
 
 def _used(command: Command) -> dict[str, Path]:
     """The folders of the inputs in use, once all that can be checked without them is in order."""
-    folders = _folders(command.inputs)
+    folders = named_folders(command.inputs)
     refuse_unknown(command.expression, folders)
     if command.rank is not None:
         refuse_rank(command.space, command.rank)
@@ -56,36 +56,21 @@ def _used(command: Command) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if name in wanted}
 
 
-def _folders(given: tuple[str, ...]) -> dict[str, Path]:
-    """The inputs' folders by name."""
-    folders: dict[str, Path] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals or not folder or not NAME.fullmatch(name):
-            raise InputError(
-                f"{text!r} is not NAME=FOLDER; a name is letters, digits, _ and ., no digit first"
-            )
-        if name in folders:
-            raise InputError(f"the input {name!r} is given twice; give each name one folder")
-        folders[name] = Path(folder).expanduser()
-    return folders
-
-
 def _base(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.Config]:
     """The base model's name and config: the one asked for, or else the one the inputs name."""
     if given is not None:
-        return given, checkpoint.read_config(bases.locate(given))
+        return given, bases.load_config(given)
     named = {name: base_name(folder) for name, folder in folders.items()}
     if len({base for base in named.values() if base}) > 1:
         told = ", ".join(f"{name} is of {base}" for name, base in named.items() if base)
         raise InputError(f"the inputs are of different base models ({told}); if not, say --base")
     for name in filter(None, dict.fromkeys(named.values())):
         try:
-            return name, checkpoint.read_config(bases.locate(name))
+            return name, bases.load_config(name)
         except InputError as error:
             note = f"note: the inputs' base model is out of reach ({error})"
             print(f"{note}; taking {DEFAULT_BASE}, or say --base", file=sys.stderr)
-    return DEFAULT_BASE, checkpoint.read_config(bases.locate(DEFAULT_BASE))
+    return DEFAULT_BASE, bases.load_config(DEFAULT_BASE)
 
 
 def _save(command: Command, result: Value, config: models.Config, base: str, extra: dict) -> None:

@@ -1,13 +1,30 @@
 """What a user points at: a PEFT adapter folder, or a folder that is a library of them."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from compose.folder import INDEX, load_library
 from compose.library import Library
+from compose.syntax import NAME
 from lora_jax import models, peft
 from lora_jax.errors import InputError
 from lora_jax.files import read_json
 from lora_jax.modules import Adapter
+
+
+def named_folders(given: Sequence[str], taken: Collection[str] = ()) -> dict[str, Path]:
+    """The folders of `NAME=FOLDER` arguments, by name; none of the names in `taken`."""
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder or not NAME.fullmatch(name):
+            raise InputError(
+                f"{text!r} is not NAME=FOLDER; a name is letters, digits, _ and ., no digit first"
+            )
+        if name in folders or name in taken:
+            raise InputError(f"{text!r}: the name {name!r} is taken; choose another")
+        folders[name] = Path(folder).expanduser()
+    return folders
 
 
 def load_input(path: Path, config: models.Config) -> Adapter | Library:

@@ -1,6 +1,5 @@
 """Where a composed module came from, as the JSON that is written beside it."""
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import lora_jax
-from lora_jax.files import folder_digest
+from lora_jax.provenance import environment, hashed
 
 FILE = "provenance.json"
 
@@ -33,16 +31,9 @@ def record(
         "expression": expression,
         "space": space,
         "rank": rank,
-        "inputs": {
-            name: {"path": str(path), "sha256": folder_digest(path)}
-            for name, path in inputs.items()
-        },
+        "inputs": hashed(inputs),
         "base_model_name_or_path": base_name,
-        "versions": {
-            "lora_jax": lora_jax.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        **environment(),
         "truncation_error": {
             member: {path: np.asarray(error).tolist() for path, error in by_path.items()}
             for member, by_path in errors.items()

@@ -9,7 +9,6 @@ from compose.arithmetic import Space
 from compose.expression import evaluate
 from compose.inputs import load_input
 from compose.library import Library
-from compose.syntax import NAME
 from lora_jax import models
 from lora_jax.errors import InputError
 from lora_jax.modules import Adapter
@@ -25,21 +24,6 @@ class Column:
     name: str
     recipe: str
     adapter: Adapter
-
-
-def read_paths(given: Sequence[str]) -> dict[str, Path]:
-    """The folders of `NAME=FOLDER` arguments, by name."""
-    folders: dict[str, Path] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals or not folder or not NAME.fullmatch(name):
-            raise InputError(
-                f"{text!r} is not NAME=FOLDER; a name is letters, digits, _ and ., no digit first"
-            )
-        if name == BASE or name in folders:
-            raise InputError(f"the adapter name {name!r} is taken; choose another")
-        folders[name] = Path(folder).expanduser()
-    return folders
 
 
 def build(

@@ -1,19 +1,13 @@
 """What came out of a run: outcomes by task, the numbers made of them, and results.json."""
 
 import math
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-import lora_jax
 from eval import statistics
 from eval.prompts import Question
 from eval.statistics import Interval
@@ -156,17 +150,3 @@ def _exp(nats: float) -> float | None:
 
 def _hash(source: str) -> dict[str, str]:
     return {"sha256": sha256(Path(source))} if Path(source).is_file() else {}
-
-
-def environment() -> dict[str, Any]:
-    """The versions, the devices and the command line of this run."""
-    packages = ("jax", "jaxlib", "flax", "numpy", "transformers")
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {
-            "lora_jax": lora_jax.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }

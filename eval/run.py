@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from compose.inputs import named_folders
 from eval import bench as benches
 from eval import columns, report, results, tasks
 from eval.bench import Bench
@@ -16,17 +17,18 @@ from eval.results import Answers, Line, Replies, Surprise
 from eval.tasks import Corpus, Task
 from lora_jax import bases
 from lora_jax.errors import InputError
-from lora_jax.files import folder_digest, new_folder, refuse_existing, write_json
+from lora_jax.files import new_folder, refuse_existing, write_json
+from lora_jax.provenance import environment, hashed
 from lora_jax.tokens import load_tokenizer
 
 
 def run(settings: Evaluation) -> None:
     """Measures every task for every column, writes the results and prints the tables."""
-    started = time.time()
+    began = time.perf_counter()
     checked(settings)
     benches.sampling(settings)  # refuses what cannot be, before anything is measured
     refuse_existing(settings.out, settings.overwrite)
-    wanted, folders = _wanted(settings), columns.read_paths(settings.adapters)
+    wanted, folders = _wanted(settings), named_folders(settings.adapters, taken={columns.BASE})
     base = bases.load_base(settings.base)
     built = columns.build(settings.compare, folders, base.config, settings.space)
     bench = Bench(settings, base, load_tokenizer(base.folder), built)
@@ -34,7 +36,7 @@ def run(settings: Evaluation) -> None:
     outcomes = [_measured(bench, task) for task in wanted]
     replies = benches.replies(bench) if settings.generate else None
     numbers = [line for outcome in outcomes for line in results.lines(outcome, settings.seed)]
-    provenance = _provenance(bench, folders) | {"seconds": round(time.time() - started, 1)}
+    provenance = _provenance(bench, folders) | {"seconds": round(time.perf_counter() - began, 2)}
     _write(settings, results.document(outcomes, numbers, replies, provenance), numbers)
     _print(outcomes, numbers, replies)
     print(settings.out / "results.json")
@@ -68,12 +70,9 @@ def _write(settings: Evaluation, document: dict[str, Any], numbers: Sequence[Lin
 
 def _provenance(bench: Bench, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Everything needed to run this again and get the same numbers."""
-    return results.environment() | {
+    return environment() | {
         "base": {"name": bench.settings.base, "sha256": bench.base.digest},
-        "adapters": {
-            name: {"path": str(path), "sha256": folder_digest(path)}
-            for name, path in folders.items()
-        },
+        "adapters": hashed(folders),
         "columns": {column.name: column.recipe for column in bench.columns},
         "settings": {key: _plain(value) for key, value in asdict(bench.settings).items()},
     }

@@ -9,8 +9,6 @@ from typing import Any
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import read_json
 
-FORMATS = ("plain", "chat")
-
 
 @dataclass(frozen=True)
 class Form:

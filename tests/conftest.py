@@ -152,6 +152,23 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that puts a folder on a hub of no network, and gives the patterns fetched."""
+
+    def put(folder: Path) -> list[list[str]]:
+        fetched = []
+
+        def download(_, allow_patterns):
+            fetched.append(allow_patterns)
+            return str(folder)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        return fetched
+
+    return put
+
+
 @pytest.fixture(scope="session")
 def run_on_devices():
     """A function that runs Python code on forced CPU devices and gives back what it printed."""

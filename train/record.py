@@ -2,28 +2,22 @@
 
 import json
 import math
-import platform
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_jax import __version__
 from lora_jax.bases import Base
 from lora_jax.files import sha256, write_text
+from lora_jax.provenance import environment
 from train.config import Config
 
 
 def provenance(config: Config, base: Base) -> dict[str, Any]:
-    """What a result rests on: the base's and the data's hashes, versions, the command."""
+    """What a result rests on: the base's and the data's hashes, and the environment."""
     files = [p for p in (*config.data, *config.validation_data) if not p.startswith("hub:")]
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    python = {"python": platform.python_version(), "lora_jax": __version__}
     return {
         "base_sha256": base.digest,
         "data_sha256": {path: sha256(Path(path).expanduser()) for path in files},
-        "versions": python | {p: version(p) for p in packages},
-        "command": sys.argv,
+        **environment(),
     }
 
 

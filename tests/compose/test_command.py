@@ -94,6 +94,12 @@ def test_the_base_may_be_named(compose, base_folder):
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
+def test_of_a_base_on_the_hub_only_the_config_is_fetched(compose, base_folder, config, hub):
+    fetched = hub(base_folder)
+    assert load_input(compose("chat", base="some/model"), config)
+    assert fetched == [["config.json"]]
+
+
 def test_a_base_out_of_reach_is_said_and_the_default_taken(
     tmp_path, config, random_lora, base_folder, monkeypatch, capsys
 ):
@@ -108,9 +114,7 @@ def test_a_base_out_of_reach_is_said_and_the_default_taken(
     ("inputs", "words"),
     [
         (("chat",), "'chat' is not NAME=FOLDER"),
-        (("1x=here",), "'1x=here' is not NAME=FOLDER"),
-        (("x=",), "'x=' is not NAME=FOLDER"),
-        (("x=a", "x=b"), "'x' is given twice"),
+        (("x=a", "x=b"), "the name 'x' is taken"),
         (("y=a",), "unknown name 'x'; the inputs are y"),
         (("x=nowhere",), "nowhere is not a folder"),
     ],

@@ -78,6 +78,7 @@ def test_replies_without_a_task(command, tmp_path, capsys):
     [
         (["arc_eazy"], "unknown task 'arc_eazy'; choose from"),
         ([], "nothing to measure"),
+        (["arc_easy", "--adapters", "base=x"], "'base=x': the name 'base' is taken"),
         (["arc_easy", "arc_easy"], "given twice"),
         (["arc_easy", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["arc_easy", "--top-p", "2"], "top_p must lie in (0, 1]; got 2.0"),

@@ -4,7 +4,7 @@ import pytest
 
 from compose.folder import save_library
 from compose.library import Library
-from eval.columns import build, read_paths
+from eval.columns import build
 from lora_jax import peft
 from lora_jax.errors import InputError
 
@@ -15,7 +15,7 @@ def folders(tmp_path_factory, config, random_lora):
     peft.save_adapter(root / "a", random_lora(config, 1), config)
     members = (random_lora(config, 2), random_lora(config, 3))
     save_library(root / "lib", Library(("x", "y"), members), config, base_name="")
-    return read_paths([f"a={root / 'a'}", f"lib={root / 'lib'}"])
+    return {name: root / name for name in ("a", "lib")}
 
 
 def names(recipes, folders, config):
@@ -46,17 +46,3 @@ def test_recipes_in_their_order_and_under_their_labels(folders, config):
 def test_wrong_recipes_are_refused(folders, config, recipes, message):
     with pytest.raises(InputError, match=message):
         names(recipes, folders, config)
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        (["a"], "'a' is not NAME=FOLDER"),
-        (["1a=x"], "is not NAME=FOLDER"),
-        (["a=x", "a=y"], "'a' is taken"),
-        (["base=x"], "'base' is taken"),
-    ],
-)
-def test_wrong_names_are_refused(given, message):
-    with pytest.raises(InputError, match=message):
-        read_paths(given)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval.catalogue import TASKS
-from eval.tasks import FORMATS, Corpus, Form, Task, find, read_task
+from eval.tasks import Corpus, Form, Task, find, read_task
 from lora_jax.errors import InputError
 
 
@@ -28,7 +28,7 @@ def test_every_task_has_a_file_a_hub_set_and_both_forms():
     for task in TASKS.values():
         assert task.hub and "/" in task.file
         if not isinstance(task, Corpus):
-            assert all(task.form(style).needs() for style in FORMATS)
+            assert all(task.form(style).needs() for style in ("plain", "chat"))
 
 
 def test_an_unknown_task_is_refused_with_the_known():

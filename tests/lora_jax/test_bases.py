@@ -1,3 +1,4 @@
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -50,8 +51,38 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch, tmp_path):
         raise LocalEntryNotFoundError("offline\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(InputError, match="could not fetch 'some/model' from the Hugging Face hub"):
-        bases.locate("some/model")
+    for find in (bases.locate, bases.load_config):
+        with pytest.raises(InputError, match="could not fetch 'some/model' from the Hugging Face"):
+            find("some/model")
+
+
+def test_a_config_is_that_of_the_base(base_folder, config):
+    assert bases.load_config(str(base_folder)) == config
+
+
+def test_a_config_on_the_hub_comes_without_its_weights(base_folder, config, tmp_path, hub):
+    shutil.copy(base_folder / "config.json", tmp_path)
+    fetched = hub(tmp_path)
+    assert bases.load_config("some/model") == config
+    assert fetched == [["config.json"]]
+    assert bases.locate("some/model") == tmp_path
+    assert fetched[1] == list(bases.MODEL)
+
+
+def test_a_hub_model_without_a_config_is_refused(tmp_path, hub):
+    hub(tmp_path)
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
+        bases.load_config("some/model")
+
+
+def test_a_config_once_converted_is_read_without_the_wheel(
+    base_folder, config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(bases, "_pip_download", lambda *_: pytest.fail("fetched"))
+    (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
+    shutil.copy(base_folder / "config.json", tmp_path / "models" / "smollm2-135m")
+    assert bases.load_config("smollm2-135m") == config
 
 
 def test_the_right_hash_passes_and_a_wrong_one_is_refused(tmp_path):

@@ -47,9 +47,15 @@ def launched(lora_train, finished, tmp_path):
     return launch
 
 
-def test_a_killed_run_resumes_to_the_same_bits(launched, finished, base):
+@pytest.fixture
+def lines(request):
+    """How many numbers a run writes down before it is stopped: drawn by the test's name."""
+    return random.Random(request.node.name).randint(12, 45)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(launched, finished, base, lines):
     config, process = launched()
-    started(process, config.out, random.randint(12, 45))
+    started(process, config.out, lines)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -58,9 +64,9 @@ def test_a_killed_run_resumes_to_the_same_bits(launched, finished, base):
     assert result(config.out) == result(finished.out)
 
 
-def test_an_interrupted_run_keeps_its_last_step(launched, finished, base):
+def test_an_interrupted_run_keeps_its_last_step(launched, finished, base, lines):
     config, process = launched()
-    started(process, config.out, random.randint(12, 45))
+    started(process, config.out, lines)
     process.send_signal(signal.SIGTERM)  # a background job ignores SIGINT
     _, told = process.communicate()
     assert process.returncode == 130 and "Traceback" not in told

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from lora_jax.progress import say
+from lora_jax.provenance import environment
 from train.record import append_metrics, draw_losses, forget_after, provenance, read_metrics
 
 
@@ -65,6 +66,11 @@ def test_provenance_tells_the_data_apart(config_of, base, write_rows):
         return list(told["data_sha256"].values())
 
     assert hashes([{"n": 1}]) == hashes([{"n": 1}]) != hashes([{"n": 2}])
+
+
+def test_provenance_tells_what_every_result_tells(config_of, base):
+    told = provenance(config_of(), base)
+    assert told.items() >= environment().items() and told["base_sha256"] == base.digest
 
 
 def test_a_note_is_one_line_as_it_stands(capsys):
