@@ -1,7 +1,9 @@
 """Base models from and to Hugging Face folders: config.json and (sharded) safetensors."""
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,6 @@ from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import new_folder, read_json, save_tensors, write_json
 from lora_jax.table import Leaf, Table, flatten, nest, shardings
-
-# Stored by some exporters, computed by us.
-_IGNORED = ("rotary_emb.inv_freq",)
 
 
 def read_config(folder: Path) -> models.Config:
@@ -37,8 +36,9 @@ def load_weights(
     table = models.table(config)
     placed = flatten(shardings(table, mesh)) if mesh is not None else {}
     with ExitStack() as stack:
-        stored = _open(folder, stack)
-        _audit(stored, table, folder, config.tied)
+        family = models.family(config)
+        stored = _prefixed(_open(folder, stack), table, family.PREFIX)
+        _audit(stored, table, folder, family.SPARE)
         flat = {
             path: _place(_stack(stored, leaf, folder), dtype, placed.get(path))
             for path, leaf in table.items()
@@ -78,22 +78,51 @@ def open_safetensors(path: Path):
         raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
 
 
-def _audit(stored: Mapping[str, Any], table: Table, folder: Path, tied: bool) -> None:
-    """Refuses a folder whose tensors are not exactly the table's."""
+def _prefixed(stored: Mapping[str, Any], table: Table, prefix: str) -> dict[str, "_Stored"]:
+    """What is stored by the table's names: some exporters leave the model's `prefix` out."""
+    wanted = {name for leaf in table.values() for name in leaf.names()}
+    bare = not any(name.startswith(prefix) for name in stored)
+    return {
+        prefix + name if bare and prefix + name in wanted else name: _Stored(file, name)
+        for name, file in stored.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in an open safetensors file."""
+
+    file: Any
+    name: str
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def value(self) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+
+def _audit(
+    stored: Mapping[str, _Stored], table: Table, folder: Path, patterns: tuple[str, ...]
+) -> None:
+    """Refuses a folder whose tensors are not exactly the table's, but for names that may be spare.
+
+    `patterns` say which: buffers that are computed here, and copies of tied weights.
+    """
     wanted = {name: leaf for leaf in table.values() for name in leaf.names()}
-    spare = {n for n in stored if n.endswith(_IGNORED) or (tied and n == "lm_head.weight")}
+    spare = {n for n in stored if any(re.fullmatch(pattern, n) for pattern in patterns)}
     problems = [f"{name} is missing" for name in wanted if name not in stored]
     problems += [f"{name} is not expected" for name in stored if name not in {*wanted, *spare}]
     for name in wanted.keys() & stored.keys():
-        shape = tuple(stored[name].get_slice(name).get_shape())
+        shape = stored[name].shape()
         if shape != wanted[name].stored_shape():
             problems.append(f"{name} has shape {shape}, not {wanted[name].stored_shape()}")
     refuse_all(problems, str(folder))
 
 
-def _stack(stored: Mapping[str, Any], leaf: Leaf, folder: Path) -> np.ndarray:
+def _stack(stored: Mapping[str, _Stored], leaf: Leaf, folder: Path) -> np.ndarray:
     """One weight as we hold it: transposed if need be, its layers stacked; NaN is refused."""
-    tensors = [stored[name].get_tensor(name) for name in leaf.names()]
+    tensors = [stored[name].value() for name in leaf.names()]
     whole = [np.isfinite(t).all() for t in tensors]
     bad = [name for name, fine in zip(leaf.names(), whole, strict=True) if not fine]
     refuse_all([f"{name} holds NaN or infinite values" for name in bad], str(folder))

@@ -101,7 +101,7 @@ def forward(
 def place(
     tokens: Array, segments: Array | None, positions: Array | None, cache: Cache | None
 ) -> Places:
-    """The places of tokens (B, T): one segment a row, positions on from the cached end, if unsaid."""
+    """The places of tokens (B, T): if unsaid, one segment a row, positions counted on."""
     if segments is None:
         segments = jnp.ones_like(tokens)
     if positions is None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
+from lora_jax.families import llama
 from lora_jax.files import save_tensors, write_json
 
 _LAYER = {
@@ -59,7 +60,7 @@ def _config(meta: dict[str, Any], reader: Any) -> models.Config:
     scaled = [f"{key} = {meta[key]!r} is not supported" for key in meta if "rope.scaling" in key]
     refuse_all([text for text in scaled if "'none'" not in text], "GGUF metadata")
     names = {tensor.name for tensor in reader.tensors}
-    return models.Config(
+    return llama.Config(
         kind="llama",
         vocabulary=len(meta["tokenizer.ggml.tokens"]),
         width=width,

@@ -100,9 +100,7 @@ def ours(steps: int) -> dict[str, float]:
         plan = make_plan(_examples(base.config.vocabulary, first), batch=ROWS, accumulate=1)
         batch = jax.tree.map(jax.device_put, assemble(plan, np.arange(ROWS)))
         shapes = models.projections(base.config)
-        adapter = init_lora(
-            jax.random.key(0), shapes, targets=TARGETS, rank=RANK, alpha=ALPHA
-        )
+        adapter = init_lora(jax.random.key(0), shapes, targets=TARGETS, rank=RANK, alpha=ALPHA)
         programs = make_programs(config, base.config, steps=1000)
         state = programs.start(adapter)
 

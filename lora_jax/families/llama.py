@@ -12,6 +12,11 @@ from lora_jax.parts import rms_norm, rope_tables, rotate
 from lora_jax.table import Leaf
 
 Array = jax.Array
+Weights = Mapping[str, Any]
+
+# What a checkpoint's names begin with, and the names that may be stored without being wanted.
+PREFIX = "model."
+SPARE = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
 
 # What LoRA changes unless told, and which projections IA3 rescales, on which side: in PEFT's
 # layout, and in the PEM paper's (keys, values and the intermediate activation).
@@ -171,7 +176,7 @@ def table(config: Config) -> dict[str, Leaf]:
     return leaves
 
 
-def begin(config: Config, weights: Mapping[str, Any], x: Array, places: Places) -> tuple[Array, Any]:
+def begin(config: Config, weights: Weights, x: Array, places: Places) -> tuple[Array, Any]:
     """The first layer's input, and what all layers share: the attention mask and rotary tables."""
     rope = rope_tables(places.positions, config.head_width, config.rope_base)
     return x, (places.mask(config.window), rope)
@@ -190,7 +195,7 @@ def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
     return x + step.project("mlp.down_proj", gated)
 
 
-def finish(config: Config, weights: Mapping[str, Any], x: Array) -> Array:
+def finish(config: Config, weights: Weights, x: Array) -> Array:
     """The final hidden states from the last layer's output."""
     return rms_norm(x, weights["norm"], config.eps)
 

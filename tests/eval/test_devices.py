@@ -6,8 +6,9 @@ CODE = """
 import json, jax, numpy as np
 from eval import batches, compare, devices, items, perplexity, scoring
 from lora_jax import models, modules, table
+from lora_jax.families import llama
 
-config = models.Config(kind="llama", vocabulary=64, width=32, hidden=64, layers=2, heads=4,
+config = llama.Config(kind="llama", vocabulary=64, width=32, hidden=64, layers=2, heads=4,
                        kv_heads=2, head_width=8, context=128, tied=True)
 weights = table.init(jax.random.key(0), models.table(config))
 draw = np.random.default_rng(0)
@@ -17,7 +18,7 @@ def span(size):
 
 questions = [items.Item(span(p), tuple(map(span, draw.integers(1, 6, 3))), (1.0,) * 3)
              for p in draw.integers(0, 30, 21)]
-lora = modules.init_lora(jax.random.key(1), models.projections(config), 2, targets=["q_proj"],
+lora = modules.init_lora(jax.random.key(1), models.projections(config), targets=["q_proj"],
                          rank=2, alpha=4)
 lora = {path: m.replace(b=m.b + 0.1) for path, m in lora.items()}
 text = draw.integers(0, 64, 300)

@@ -151,7 +151,7 @@ def smollm():
 
 def nats_a_token(base, weights, ids):
     logits = models.unembed(
-        base.config, weights, models.forward(base.config, weights, {}, ids).hidden
+        base.config, weights, {}, models.forward(base.config, weights, {}, ids).hidden
     )
     return -jnp.mean(
         jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], ids[:, 1:, None], axis=-1)
@@ -184,7 +184,7 @@ def test_the_real_model_answers_under_its_chat_template(smollm):
     @jax.jit
     def best(row, length):
         states = models.forward(config, smollm.weights, {}, row[None]).hidden[0, length - 1]
-        return models.unembed(config, smollm.weights, states).argmax()
+        return models.unembed(config, smollm.weights, {}, states).argmax()
 
     while len(ids) < 64 and ids[-1] != tokenizer.eos_token_id:
         ids.append(int(best(jnp.asarray(ids + [0] * (64 - len(ids))), len(ids))))

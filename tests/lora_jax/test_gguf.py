@@ -119,8 +119,8 @@ def test_a_converted_model_is_the_model(tmp_path, write_gguf, config, weights, h
     loaded = checkpoint.load_weights(folder, config)
     tokens_ = np.arange(20).reshape(2, 10)
     np.testing.assert_array_equal(
-        models.unembed(config, loaded, hidden(config, loaded, {}, tokens_)),
-        models.unembed(config, weights, hidden(config, weights, {}, tokens_)),
+        models.unembed(config, loaded, {}, hidden(config, loaded, {}, tokens_)),
+        models.unembed(config, weights, {}, hidden(config, weights, {}, tokens_)),
     )
     assert done[-1] == (len(done), len(done)) == (20, 20)
 

@@ -6,10 +6,11 @@ from lora_jax.errors import InputError
 COMPARE = """
 import jax, jax.numpy as jnp, numpy as np
 from lora_jax import mesh, models, modules, table
-c = models.Config(kind="llama", vocabulary=264, width=32, hidden=64, layers=2, heads=4,
+from lora_jax.families import llama
+c = llama.Config(kind="llama", vocabulary=264, width=32, hidden=64, layers=2, heads=4,
                   kv_heads=2, head_width=8, context=128, tied=True)
 w = table.init(jax.random.key(0), models.table(c))
-a = modules.init_lora(jax.random.key(1), models.projections(c), c.layers,
+a = modules.init_lora(jax.random.key(1), models.projections(c),
                       targets=["q_proj", "down_proj"], rank=2, alpha=4)
 a = jax.tree.map(lambda x: x + 0.1, a)
 x = jax.random.randint(jax.random.key(2), (8, 6), 0, 256)

@@ -110,5 +110,5 @@ def logits(hidden):
     from lora_jax import models
 
     return lambda config, weights, adapter, tokens, **options: models.unembed(
-        config, weights, hidden(config, weights, adapter, tokens, **options)
+        config, weights, adapter, hidden(config, weights, adapter, tokens, **options)
     )

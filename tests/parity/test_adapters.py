@@ -159,7 +159,7 @@ def test_gradients(tmp_path, config, weights, theirs, rows, kind, name, agree):
 
     def loss(adapter):
         states = models.forward(config, weights, adapter, jnp.asarray(rows)).hidden[:, :-1]
-        chances = jax.nn.log_softmax(models.unembed(config, weights, states))
+        chances = jax.nn.log_softmax(models.unembed(config, weights, {}, states))
         return -jnp.mean(jnp.take_along_axis(chances, rows[:, 1:, None], axis=-1))
 
     value, slopes = jax.jit(jax.value_and_grad(loss))(adapter)

@@ -105,5 +105,5 @@ def test_a_cached_window(tmp_path, rows, torch_logits, agree):
     for start in range(0, 24, 8):
         out = models.forward(config, weights, {}, rows[:, start : start + 8], cache=cache)
         cache = out.cache
-        seen.append(models.unembed(config, weights, out.hidden))
+        seen.append(models.unembed(config, weights, {}, out.hidden))
     agree("mistral, cached window", np.concatenate(seen, 1), torch_logits(model, rows), 1e-4)

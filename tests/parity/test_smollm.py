@@ -48,7 +48,7 @@ def test_cached_logits(smollm, torch_smollm, torch_logits, padded, agree):
             smollm.config, smollm.weights, {}, jnp.asarray(rows[:, start:end]), cache=cache
         )
         cache, start = out.cache, end
-        seen.append(models.unembed(smollm.config, smollm.weights, out.hidden))
+        seen.append(models.unembed(smollm.config, smollm.weights, {}, out.hidden))
     theirs = torch_logits(torch_smollm, rows)
     agree("SmolLM2 cached logits", jnp.concatenate(seen, axis=1), theirs, 1e-3)
 

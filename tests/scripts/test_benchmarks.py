@@ -3,7 +3,7 @@ import time
 import jax
 import numpy as np
 
-from lora_jax import models
+from lora_jax.families import llama
 from lora_jax.routing import routed
 from scripts import benchmark_arrow, benchmark_training, timing
 
@@ -21,7 +21,7 @@ def test_alternate_tells_the_slow_from_the_fast():
 
 
 def test_step_flops_count_both_passes_of_every_frozen_product():
-    config = models.Config("llama", 100, 8, 16, 2, 2, 1, 4, 64)
+    config = llama.Config("llama", 100, 8, 16, 2, 2, 1, 4, 64)
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     tokens = benchmark_training.ROWS * benchmark_training.LENGTH
     expected = 4 * (2 * layer * tokens + 8 * 100 * 10)

@@ -84,7 +84,7 @@ def test_batch_loss_is_cross_entropy_of_the_next_tokens(
 ):
     adapter = random_lora(config)
     states = hidden(config, weights, adapter, batch.tokens)
-    chances = jax.nn.log_softmax(models.unembed(config, weights, states))[:, :8]
+    chances = jax.nn.log_softmax(models.unembed(config, weights, {}, states))[:, :8]
     wanted = -jnp.take_along_axis(chances, batch.tokens[:, 1:9, None], axis=2).sum()
     ours = jax.jit(lambda b: batch_loss(config, weights, adapter, b))(batch)
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)

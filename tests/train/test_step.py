@@ -19,7 +19,7 @@ from train.step import make_optimizer, make_programs, make_schedule
 def adapter(config):
     shapes = models.projections(config)
     targets = ("q_proj", "down_proj")
-    made = init_lora(jax.random.key(3), shapes, config.layers, targets=targets, rank=2, alpha=4.0)
+    made = init_lora(jax.random.key(3), shapes, targets=targets, rank=2, alpha=4.0)
     return jax.tree.map(lambda x: x + 0.05, made)  # b is not zero, so that every gradient counts
 
 

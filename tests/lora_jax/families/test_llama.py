@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import llama, models
+from lora_jax import decoder, models
 from lora_jax.errors import InputError
 from lora_jax.project import Dropout
 
@@ -130,7 +130,7 @@ def test_observation_sees_every_projections_input_and_module_a_layer(
     seen = models.forward(config, weights, adapter, tokens, observe=observe).observed
     assert seen.keys() == models.projections(config).keys()
     assert [path for path, found in modules_seen.items() if found] == ["self_attn.q_proj"]
-    for path, (size, _) in models.projections(config).items():
+    for path, (_, size, _) in models.projections(config).items():
         assert seen[path]["input"].shape == (config.layers, 2, 6, size)
         assert seen[path]["norm"].shape == (config.layers,)
     embedded = weights["embed"][tokens]
@@ -248,12 +248,13 @@ def test_biases_are_read_where_the_config_has_them(config, random_weights, hidde
 def test_a_free_unembedding_is_its_own_weight(config, random_weights):
     free = replace(config, tied=False)
     weights = random_weights(free)
+    tied = {name: value for name, value in weights.items() if name != "unembed"}
     states = jnp.ones((2, config.width))
     np.testing.assert_allclose(
-        models.unembed(free, weights, states), states @ weights["unembed"], rtol=1e-5
+        models.unembed(free, weights, {}, states), states @ weights["unembed"], rtol=1e-5
     )
     np.testing.assert_allclose(
-        models.unembed(config, weights, states), states @ weights["embed"].T, rtol=1e-5
+        models.unembed(config, tied, {}, states), states @ weights["embed"].T, rtol=1e-5
     )
 
 
@@ -300,7 +301,7 @@ def test_a_position_counts_on_from_the_cached_end_of_its_row(config):
     cache = models.new_cache(config, 2, 8)
     cache = cache.replace(segments=cache.segments.at[0, :4].set(1).at[1, :2].set(1))
     segments = jnp.asarray([[1, 1, 0], [0, 1, 1]])
-    positions = llama._next_positions(segments, cache)
+    positions = decoder.place(segments, segments, None, cache).positions
     assert positions.tolist()[0][:2] == [4, 5]
     assert positions.tolist()[1][1:] == [2, 3]
 
