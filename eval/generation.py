@@ -70,7 +70,7 @@ def continuations(
     hidden, cache = _prefill(config, weights, adapter, tokens, length, sampling.most)
 
     def choose(hidden: Array, step: Array) -> Array:
-        logits = models.unembed(config, weights, hidden[:, 0]).astype(jnp.float32)
+        logits = models.unembed(config, weights, adapter, hidden[:, 0]).astype(jnp.float32)
         return _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
 
     def step(state: _State) -> _State:

@@ -70,6 +70,8 @@ def window_nll(config: models.Config, weights: Any, adapter: Adapter, windows: W
     """The summed negative log-likelihood (B,), in nats, of each window's scored tokens."""
     tokens = jnp.asarray(windows.tokens)
     start = tokens.shape[1] - windows.scored.shape[1]
-    hidden = models.forward(config, weights, adapter, tokens, segments=windows.segments).hidden
-    nll = token_nll(config, weights, hidden[:, start - 1 : -1], tokens[:, start:])
+    hidden = models.forward(
+        config, weights, adapter, tokens, segments=jnp.asarray(windows.segments)
+    ).hidden
+    nll = token_nll(config, weights, adapter, hidden[:, start - 1 : -1], tokens[:, start:])
     return jnp.sum(nll * windows.scored, axis=1)

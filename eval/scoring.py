@@ -58,7 +58,7 @@ def score(config: models.Config, weights: Any, adapter: Adapter, batch: Batch) -
     scored = jnp.concatenate([hidden[:, start - 1 : time - 1], own], axis=1)
     targets = jnp.concatenate([batch.prefix[:, start:], batch.rest.reshape(rows, -1)], axis=1)
 
-    nll = token_nll(config, weights, scored, targets)
+    nll = token_nll(config, weights, adapter, scored, targets)
     common = jnp.sum(nll[:, : batch.shared] * batch.prefix_counted[:, start:], axis=1)
     each = jnp.sum(nll[:, batch.shared :].reshape(batch.rest.shape) * batch.counted, axis=2)
     return (common[:, None] + each) / batch.divisor

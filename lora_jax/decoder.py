@@ -93,8 +93,9 @@ def forward(
         remat=remat,
     )
     if cache is not None:
+        keys, values = out["pages"]
         index = (places.key_segments, places.key_positions)
-        cache = Cache(*out["pages"], *index, cache.used + tokens.shape[1])
+        cache = Cache(keys, values, *index, cache.used + tokens.shape[1])
     return Output(family.finish(config, weights, x), cache, out.get("observed"))
 
 

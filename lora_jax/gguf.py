@@ -54,7 +54,7 @@ def convert(source: Path, folder: Path, progress: Progress = lambda done, total:
     save_tensors(folder / "model.safetensors", tensors)
 
 
-def _config(meta: dict[str, Any], reader: Any) -> models.Config:
+def _config(meta: dict[str, Any], reader: Any) -> llama.Config:
     """The model config in a GGUF file's metadata."""
     heads, width = meta["llama.attention.head_count"], meta["llama.embedding_length"]
     scaled = [f"{key} = {meta[key]!r} is not supported" for key in meta if "rope.scaling" in key]
@@ -86,7 +86,7 @@ def _special_ids(meta: dict[str, Any]) -> dict[str, Any]:
     return {k: meta[f"tokenizer.ggml.{k}"] for k in keys if f"tokenizer.ggml.{k}" in meta}
 
 
-def _tensors(reader: Any, config: models.Config, progress: Progress) -> Iterator:
+def _tensors(reader: Any, config: llama.Config, progress: Progress) -> Iterator:
     """Every tensor in float32 under its Hugging Face name."""
     from gguf.quants import dequantize
 

@@ -65,7 +65,7 @@ def empty_cache(
     return Cache(pages, pages, index, index, jnp.zeros((), jnp.int32))
 
 
-def put(pages: Array, new: Array, used: Array) -> Array:
+def put(pages: Array, new: Array, used: Array | int) -> Array:
     """`pages` (B, S, ...) with `new` (B, T, ...) in the T slots from `used` on."""
     start = (0, used) + (0,) * (pages.ndim - 2)
     return jax.lax.dynamic_update_slice(pages, new.astype(pages.dtype), start)
