@@ -7,12 +7,7 @@ import numpy as np
 
 from eval.items import Item, Span
 from eval.scoring import Batch
-
-
-def rung(size: int) -> int:
-    """The smallest of 0 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ... that is not below `size`."""
-    step = max(1, (1 << max(size - 1, 0).bit_length()) // 8)
-    return -(-size // step) * step
+from lora_jax.lengths import bucket
 
 
 def plan(
@@ -36,10 +31,10 @@ def plan(
 
 
 def _size(item: Item) -> tuple[int, int, int, int]:
-    """The rungs of an item's prefix T, choices K, rest A and shared counted tokens."""
-    prefix = rung(max(len(item.prefix), 8))
-    rest = rung(max(map(len, item.rest)))
-    return prefix, rung(len(item.rest)), rest, min(rung(item.shared), prefix - 1)
+    """The buckets of an item's prefix T, choices K, rest A and shared counted tokens."""
+    prefix = bucket(max(len(item.prefix), 8))
+    rest = bucket(max(map(len, item.rest)))
+    return prefix, bucket(len(item.rest)), rest, min(bucket(item.shared), prefix - 1)
 
 
 def _cost(sizes: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
+from lora_jax.losses import cross_entropy, in_chunks
+from lora_jax.modules import Adapter
 
 Array = jax.Array
 
@@ -14,7 +16,9 @@ Array = jax.Array
 _LOGITS = 1 << 25
 
 
-def token_nll(config: models.Config, weights: Any, hidden: Array, targets: Array) -> Array:
+def token_nll(
+    config: models.Config, weights: Any, adapter: Adapter, hidden: Array, targets: Array
+) -> Array:
     """The negative log-likelihood (B, T), in nats, of `targets` (B, T) given `hidden` (B, T, D).
 
     Logits are float32 whatever the compute type, and made for a stretch of positions at a time; the
@@ -22,18 +26,15 @@ def token_nll(config: models.Config, weights: Any, hidden: Array, targets: Array
     """
     rows, time, _ = hidden.shape
     chunks = min(time, math.ceil(rows * time * config.vocabulary / _LOGITS))
-    kernel = models.unembedding(config, weights).astype(hidden.dtype)
+    head = models.unembedding(config, weights, adapter)
+    kernel = head.kernel.astype(hidden.dtype)
+
+    def nll(hidden: Array, targets: Array) -> Array:
+        logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+        if head.bias is not None:
+            logits = logits + head.bias.astype(jnp.float32)
+        return cross_entropy(logits, targets)[0]
+
     if chunks <= 1:
-        return _nll(hidden, kernel, targets)
-    filling = -time % chunks
-    hidden = jnp.pad(hidden, ((0, 0), (0, filling), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, filling)))
-    split = (jnp.stack(jnp.split(x, chunks, axis=1)) for x in (hidden, targets))
-    nll = jax.lax.map(lambda chunk: _nll(chunk[0], kernel, chunk[1]), tuple(split))
-    return jnp.moveaxis(nll, 0, 1).reshape(rows, -1)[:, :time]
-
-
-def _nll(hidden: Array, kernel: Array, targets: Array) -> Array:
-    logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+        return nll(hidden, targets)
+    return in_chunks(nll, (hidden, targets), math.ceil(time / chunks), axis=1)

@@ -1,27 +1,30 @@
-"""The few fixed lengths that rows are padded to, so that nothing recompiles as data changes."""
+"""The few fixed sizes that data are padded to, so that nothing recompiles as data changes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-GRID = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 
+def bucket(size: int, *, steps: int = 4, apart: int = 1) -> int:
+    """The smallest bucket that holds `size`: 0 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...
 
-def round_up(size: int) -> int:
-    """The smallest length of the grid that holds `size`; beyond the grid, whole thousands."""
-    return next((length for length in GRID if length >= size), -(-size // 1024) * 1024)
-
-
-def choose_lengths(sizes: Sequence[int], most: int = 4, worth: float = 0.1) -> tuple[int, ...]:
-    """At most `most` grid lengths that hold rows of `sizes` with little padding, in order.
-
-    Each length costs a compilation, so one is added only while it saves the share `worth` of all
-    the tokens that would be processed.
+    Between one power of two and the next lie `steps` even steps (a power of two), but of `apart` at
+    least: two steps, 8 apart, give 8, 16, 24, 32, 48, 64, 96, ...
     """
-    exact = np.asarray([round_up(size) for size in sizes])
+    step = max(apart, (1 << max(size - 1, 0).bit_length()) // (2 * steps))
+    return -(-size // step) * step
+
+
+def choose_lengths(sizes: Sequence[int], limit: int = 4, worth: float = 0.1) -> tuple[int, ...]:
+    """At most `limit` buckets that hold rows of `sizes` tokens with little padding, in order.
+
+    Each costs a compilation, so one is added only while it saves the share `worth` of all the
+    tokens that would be processed; as they are few, they are taken from coarse buckets.
+    """
+    exact = np.asarray([bucket(size, steps=2, apart=8) for size in sizes])
     chosen = [int(exact.max())]
     candidates = sorted(set(exact.tolist()) - set(chosen))
-    while candidates and len(chosen) < most:
+    while candidates and len(chosen) < limit:
         costs = [_padded(exact, [*chosen, length]) for length in candidates]
         if min(costs) > (1 - worth) * _padded(exact, chosen):
             break

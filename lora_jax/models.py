@@ -14,7 +14,7 @@ from lora_jax import table as tables
 from lora_jax.decoder import Observe, Output
 from lora_jax.errors import InputError
 from lora_jax.families import llama
-from lora_jax.modules import Adapter, Experts, LoRA
+from lora_jax.modules import Adapter, Experts, LoRA, Saved
 from lora_jax.parts import Cache, empty_cache
 from lora_jax.project import Dropout
 from lora_jax.table import Table
@@ -145,6 +145,13 @@ def unembedding(config: Config, weights: Mapping[str, Any], adapter: Adapter) ->
         case Experts():
             raise InputError("the unembedding cannot be routed; leave lm_head out of the library")
     return Unembedding(kernel, weights.get("unembed.bias"))
+
+
+def trains_unembedding(adapter: Adapter) -> bool:
+    """Whether a module changes the unembedding, or an embedding that it may share."""
+    return isinstance(adapter.get("embed"), Saved) or not {"unembed", "unembed.bias"}.isdisjoint(
+        adapter
+    )
 
 
 def unembed(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from lora_jax import models
+from lora_jax.losses import cross_entropy, in_chunks
+from lora_jax.models import Unembedding
 from lora_jax.modules import Adapter
 from lora_jax.project import Dropout
 
@@ -25,60 +27,62 @@ class Batch:
     weights: jax.Array  # (B, K), 1, or 0 for filling
 
 
-def token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+def token_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> jax.Array:
     """Each position's negative log-likelihood in nats (P,), from hidden (P, D) and targets (P,).
 
-    The unembedding `kernel` (D, V) is frozen: no gradient reaches it. The gradient for `hidden` is
-    made in the forward pass, while a chunk's logits are at hand, so they are computed only once.
+    The unembedding is frozen: no gradient reaches it. The gradient for `hidden` is made in the
+    forward pass, while a chunk's logits are at hand, so they are computed only once.
     """
-    return _losses(hidden, jax.lax.stop_gradient(kernel), targets)
+    return _frozen_losses(hidden, jax.lax.stop_gradient(head), targets)
+
+
+def trained_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> jax.Array:
+    """The same losses where a module trains the unembedding; a chunk's logits are made twice."""
+
+    @jax.checkpoint
+    def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(_logits(hidden, head), targets)[0]
+
+    return in_chunks(losses, (hidden, targets), CHUNK)
 
 
 @jax.custom_vjp
-def _losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
-    return _chunked(_chunk_losses, hidden, kernel, targets)
+def _frozen_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> jax.Array:
+    def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(_logits(hidden, head), targets)[0]
+
+    return in_chunks(losses, (hidden, targets), CHUNK)
 
 
-def _forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array):
-    losses, slopes = _chunked(_chunk_losses_and_slopes, hidden, kernel, targets)
-    return losses, (slopes, kernel)
+def _forward(hidden: jax.Array, head: Unembedding, targets: jax.Array):
+    """The losses, and what `_backward` needs: their gradients (P, D) for `hidden`, and the head.
+
+    A loss's gradient is (softmax - one-hot) times the kernel.
+    """
+
+    def losses_and_gradients(hidden: jax.Array, targets: jax.Array):
+        logits, table = _logits(hidden, head), head.kernel.astype(hidden.dtype)
+        losses, total = cross_entropy(logits, targets)
+        chances = jnp.exp(logits - total[:, None]).astype(hidden.dtype)
+        return losses, chances @ table.T - table[:, targets].T
+
+    losses, gradients = in_chunks(losses_and_gradients, (hidden, targets), CHUNK)
+    return losses, (gradients, head)
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array):
-    slopes, kernel = residuals
-    return (cotangent[:, None] * slopes).astype(slopes.dtype), jnp.zeros_like(kernel), None
+def _backward(residuals: tuple[jax.Array, Unembedding], cotangent: jax.Array):
+    gradients, head = residuals
+    nothing = jax.tree.map(jnp.zeros_like, head)
+    return (cotangent[:, None] * gradients).astype(gradients.dtype), nothing, None
 
 
-_losses.defvjp(_forward, _backward)
+_frozen_losses.defvjp(_forward, _backward)
 
 
-def _chunked(function: Any, hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> Any:
-    """`function` over chunks of positions, one after the other."""
-    count = len(targets)
-    filling = -count % min(CHUNK, count)
-    hidden = jnp.pad(hidden, ((0, filling), (0, 0)))
-    targets = jnp.pad(targets, (0, filling))
-    chunks = (count + filling) // min(CHUNK, count)
-    split = (hidden.reshape(chunks, -1, hidden.shape[-1]), targets.reshape(chunks, -1))
-    out = jax.lax.map(lambda chunk: function(chunk[0], kernel, chunk[1]), split)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
-
-
-def _chunk_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
-    logits = (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1) - picked
-
-
-def _chunk_losses_and_slopes(hidden: jax.Array, kernel: jax.Array, targets: jax.Array):
-    """A chunk's losses, and their gradients (P, D): (softmax - one-hot) times the kernel."""
-    kernel = kernel.astype(hidden.dtype)
-    logits = (hidden @ kernel).astype(jnp.float32)
-    total = jax.nn.logsumexp(logits, axis=1)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    chances = jnp.exp(logits - total[:, None]).astype(hidden.dtype)
-    slopes = chances @ kernel.T - kernel[:, targets].T
-    return total - picked, slopes
+def _logits(hidden: jax.Array, head: Unembedding) -> jax.Array:
+    """Logits (P, V), multiplied in the compute type and then float32."""
+    logits = (hidden @ head.kernel.astype(hidden.dtype)).astype(jnp.float32)
+    return logits if head.bias is None else logits + head.bias.astype(jnp.float32)
 
 
 def batch_loss(
@@ -102,6 +106,7 @@ def batch_loss(
         remat=remat,
     ).hidden
     scored = jnp.take_along_axis(hidden, batch.scored[..., None], axis=1)
-    kernel = models.unembedding(config, weights)
-    flat = token_losses(scored.reshape(-1, scored.shape[-1]), kernel, batch.targets.reshape(-1))
+    head = models.unembedding(config, weights, adapter)
+    losses = trained_losses if models.trains_unembedding(adapter) else token_losses
+    flat = losses(scored.reshape(-1, scored.shape[-1]), head, batch.targets.reshape(-1))
     return jnp.sum(flat * batch.weights.reshape(-1))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.batches import plan, rung
+from eval.batches import plan
 from eval.items import Item, Span
 
 
@@ -25,14 +25,6 @@ def mixed() -> list[Item]:
 
 def shapes(planned):
     return {(batch.prefix.shape, batch.rest.shape) for _, batch in planned}
-
-
-def test_rungs_are_close_above():
-    sizes = np.arange(1, 3000)
-    rungs = np.array([rung(int(size)) for size in sizes])
-    assert (rungs >= sizes).all() and (rungs <= sizes * 1.25).all()
-    assert len(set(rungs)) < 50
-    assert rung(0) == 0
 
 
 def test_every_item_is_in_one_batch(mixed):

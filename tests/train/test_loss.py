@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lora_jax import models
+from lora_jax.models import Unembedding
 from train import loss
-from train.loss import Batch, batch_loss, token_losses
+from train.loss import Batch, batch_loss, token_losses, trained_losses
 
 
 def plain(hidden, kernel, targets):
@@ -33,16 +34,16 @@ def problem():
 def test_chunked_equals_plain(problem, monkeypatch, count):
     monkeypatch.setattr(loss, "CHUNK", 8)  # so that the counts divide it, or do not
     hidden, kernel, targets, cotangent = problem(count)
-    ours, pull = jax.vjp(lambda h: token_losses(h, kernel, targets), hidden)
+    ours, pull = jax.vjp(lambda h: token_losses(h, Unembedding(kernel), targets), hidden)
     theirs, pull_plain = jax.vjp(lambda h: plain(h, kernel, targets), hidden)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(pull(cotangent)[0], pull_plain(cotangent)[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(token_losses(hidden, kernel, targets), ours, rtol=1e-6)
+    np.testing.assert_allclose(token_losses(hidden, Unembedding(kernel), targets), ours, rtol=1e-6)
 
 
 def test_bfloat16_stays_near_float32(problem):
     hidden, kernel, targets, cotangent = problem(20, jnp.bfloat16)
-    ours, pull = jax.vjp(lambda h: token_losses(h, kernel, targets), hidden)
+    ours, pull = jax.vjp(lambda h: token_losses(h, Unembedding(kernel), targets), hidden)
     exact, pull_exact = jax.vjp(
         lambda h: plain(h, kernel.astype(jnp.float32), targets), hidden.astype(jnp.float32)
     )
@@ -57,17 +58,37 @@ def test_maps_over_modules_under_jit(problem):
     hidden, kernel, targets, cotangent = problem(12)
     stack = jnp.stack([hidden, 2 * hidden, -hidden])
 
-    def slope(function):
-        return jax.grad(lambda h: jnp.vdot(function(h, kernel, targets), cotangent))
+    def slope(function, head):
+        return jax.grad(lambda h: jnp.vdot(function(h, head, targets), cotangent))
 
-    ours = jax.jit(jax.vmap(slope(token_losses)))(stack)
-    np.testing.assert_allclose(ours, jax.vmap(slope(plain))(stack), rtol=1e-4, atol=1e-5)
+    ours = jax.jit(jax.vmap(slope(token_losses, Unembedding(kernel))))(stack)
+    np.testing.assert_allclose(ours, jax.vmap(slope(plain, kernel))(stack), rtol=1e-4, atol=1e-5)
 
 
 def test_the_unembedding_is_frozen(problem):
     hidden, kernel, targets, _ = problem(12)
-    slope = jax.grad(lambda k: token_losses(hidden, k, targets).sum())(kernel)
+    slope = jax.grad(lambda k: token_losses(hidden, Unembedding(k), targets).sum())(kernel)
     assert not np.any(slope)
+
+
+def test_a_trained_unembedding_gets_its_gradient_in_chunks(problem, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 8)
+    hidden, kernel, targets, cotangent = problem(20)
+    bias = jnp.linspace(-1, 1, 50)
+
+    def biased(h, k, b):
+        logits = (h @ k + b).astype(jnp.float32)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0]
+
+    ours, pull = jax.vjp(
+        lambda h, k, b: trained_losses(h, Unembedding(k, b), targets), hidden, kernel, bias
+    )
+    theirs, pull_plain = jax.vjp(biased, hidden, kernel, bias)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for one, other in zip(pull(cotangent), pull_plain(cotangent), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    frozen = token_losses(hidden, Unembedding(kernel, bias), targets)
+    np.testing.assert_allclose(frozen, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
