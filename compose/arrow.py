@@ -116,12 +116,14 @@ def routing_statistics(
 
 
 def _with_bound(found: dict[str, np.ndarray], top_k: int) -> dict[str, np.ndarray]:
+    """A projection's statistics, with the entropy over its largest possible value."""
     bound = np.log(top_k) or 1.0  # a token with one module has no entropy to relate
     return {**found, "relative_entropy": found["entropy"] / bound}
 
 
 @partial(jax.jit, static_argnames="config")
 def _observed(config, weights, adapter, tokens, segments):
+    """What `observe_routing` gives for every projection, compiled."""
     look = observe_routing(segments > 0)
     return models.forward(
         config, weights, adapter, tokens, segments=segments, observe=look

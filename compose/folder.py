@@ -101,6 +101,7 @@ def _verify(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def _routing(settings: Any, count: int, where: str) -> Routing | None:
+    """The routing that an index describes; one that cannot be used is refused."""
     if settings is None:
         return None
     try:

@@ -21,6 +21,7 @@ def norm(adapter: Adapter) -> Array:
 
 
 def _size(path: str, module: Module) -> Array:
+    """The norm of what a module adds, by layer."""
     match module:
         case LoRA():
             return lowrank.norm(module)
@@ -36,6 +37,7 @@ def inner(x: Adapter, y: Adapter) -> Array:
 
 
 def _inner(x: Module | None, y: Module | None) -> Array:
+    """The inner product of what two modules add, by layer; 0 where one is missing."""
     match x, y:
         case LoRA(), LoRA():
             return lowrank.inner(x, y)

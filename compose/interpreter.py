@@ -31,6 +31,7 @@ class Scope:
     space: Space
 
     def error(self, node: Tree | Token, message: str) -> ExpressionError:
+        """An error that points at a node or token of the text."""
         place = node.meta.start_pos if isinstance(node, Tree) else node.start_pos
         return pointed(self.text, place, message)
 
@@ -58,12 +59,14 @@ def value_of(node: Tree, scope: Scope) -> Value:
 
 
 def _literal(token: Token, scope: Scope) -> float:
+    """A token's number; one beyond floats is refused."""
     if not math.isfinite(float(token)):
         raise scope.error(token, f"{token} is too large a number")
     return float(token)
 
 
 def module_of(node: Tree, scope: Scope) -> Adapter | Library:
+    """The module or library that a node stands for; a number is refused."""
     value = value_of(node, scope)
     if isinstance(value, float):
         raise scope.error(node, f"a module is wanted here; this is the number {value:g}")
@@ -71,19 +74,15 @@ def module_of(node: Tree, scope: Scope) -> Adapter | Library:
 
 
 def _number(node: Tree | Token, scope: Scope) -> float:
-    match node:
-        case Tree():
-            value = value_of(node, scope)
-        case Token(type="NUMBER"):
-            value = _literal(node, scope)
-        case _:
-            value = None
+    """The number that a node stands for; anything else is refused."""
+    value = value_of(node, scope) if isinstance(node, Tree) else None
     if not isinstance(value, float):
         raise scope.error(node, "a number is wanted here")
     return value
 
 
 def _scaled(value: Value, weight: float, scope: Scope) -> Value:
+    """A number, module or library times a weight."""
     if isinstance(value, float):
         return weight * value
     return each(lambda m: arithmetic.scale(m, weight, space=scope.space), value)
@@ -153,6 +152,8 @@ def _argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> Any:
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
         return tuple(_members(node, scope) for node in given)
     if parameter.annotation is str:
+        if isinstance(given, Tree):
+            raise scope.error(given, f"{parameter.name} is a word, such as {parameter.default}")
         return str(given)
     if parameter.annotation in (int, float):
         value = _number(given, scope)

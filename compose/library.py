@@ -69,6 +69,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def _stack_modules(modules: list[Module | None]) -> Module:
+    """One projection's modules along a new axis in front; a missing one is zeros."""
     loras = [module for module in modules if isinstance(module, LoRA)]
     others = [module for module in modules if not isinstance(module, LoRA | None)]
     present = common_rank(common_scale(loras)) if loras else others

@@ -49,6 +49,7 @@ def _all_members(inputs: Mapping[str, Adapter | Library]) -> list[Named]:
 
 
 def _caption(result: Adapter | Library) -> str | None:
+    """How a library is routed, in words."""
     if not isinstance(result, Library) or result.routing is None:
         return None
     r = result.routing
@@ -73,6 +74,7 @@ def cosines(inputs: Mapping[str, Adapter | Library]) -> Table | None:
 
 
 def _cosine(x: Adapter, y: Adapter) -> str:
+    """A cosine as it is shown; a dash for modules of two kinds."""
     try:
         return f"{float(cosine(x, y)):+.3f}"
     except InputError:  # of two kinds: nothing to compare

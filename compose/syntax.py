@@ -20,7 +20,9 @@ GRAMMAR = rf"""
         | NAME "(" [argument ("," argument)*] ")" -> call
         | "(" sum ")"
     ?argument: sum
-        | NAME "=" (NUMBER | NAME) -> keyword
+        | NAME "=" (signed | NAME) -> keyword
+    ?signed: MINUS signed -> negative
+        | NUMBER -> number
 
     PLUS: "+"
     MINUS: "-"

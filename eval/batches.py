@@ -85,4 +85,5 @@ def _blank(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(tokens: np.ndarray, counted: np.ndarray, span: Span) -> None:
+    """Puts a span at the start of a row."""
     tokens[: len(span)], counted[: len(span)] = span.tokens, span.counted

@@ -14,7 +14,7 @@ from eval.compare import Stack
 from eval.config import Evaluation
 from eval.devices import Run, place, row_multiple, spread
 from eval.generation import Sampling, generate
-from eval.results import Answers, Replies, Surprise
+from eval.results import Answers, Perplexity, Replies
 from eval.scoring import score
 from eval.tasks import Corpus, Task
 from lora_jax.bases import Base
@@ -80,7 +80,7 @@ class Bench:
 def sampling(settings: Evaluation) -> Sampling:
     """How replies are sampled."""
     return Sampling(
-        settings.most, settings.temperature, settings.top_p, settings.top_k, settings.seed
+        settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, settings.seed
     )
 
 
@@ -90,11 +90,12 @@ def refuse_beyond_context(bench: Bench, wanted: Iterable[Task | Corpus]) -> None
     problems = []
     if settings.stride >= context and any(isinstance(task, Corpus) for task in wanted):
         problems.append(f"--stride {settings.stride} must be smaller")
+    new = settings.max_new_tokens
     problems += [
-        f"prompt {prompt[:40]!r} has {len(tokens)} tokens and --most {settings.most} may follow; "
+        f"prompt {prompt[:40]!r} has {len(tokens)} tokens and --max-new-tokens adds {new}; "
         f"shorten either"
         for prompt, tokens in zip(settings.generate, bench.prompts, strict=True)
-        if len(tokens) + settings.most > context
+        if len(tokens) + new > context
     ]
     refuse_all(problems, f"the base model reads {context} tokens")
 
@@ -122,7 +123,7 @@ def answers(bench: Bench, task: Task) -> Answers:
     return Answers(task.name, rows.source(task, settings.data_root), questions, scores)
 
 
-def surprise(bench: Bench, corpus: Corpus) -> Surprise:
+def text_perplexity(bench: Bench, corpus: Corpus) -> Perplexity:
     """A text's outcome."""
     settings = bench.settings
     text = rows.load_text(corpus, settings.data_root)
@@ -136,7 +137,7 @@ def surprise(bench: Bench, corpus: Corpus) -> Surprise:
     nats = {c.name: np.array(v, float) for c, v in zip(bench.columns, measured, strict=True)}
     source = rows.source(corpus, settings.data_root)
     _refuse_non_finite(nats, [f"{source} window {n}" for n in range(len(whole.tokens))])
-    return Surprise(corpus.name, source, nats, whole.scored.sum(axis=1))
+    return Perplexity(corpus.name, source, nats, whole.scored.sum(axis=1))
 
 
 def _refuse_non_finite(scores: Mapping[str, Iterable[Any]], places: Sequence[str]) -> None:
@@ -156,6 +157,7 @@ def replies(bench: Bench) -> Replies:
     stop = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # -1 never occurs
 
     def write(column: Column) -> list[str]:
+        """A column's reply to every prompt."""
         written = generate(
             bench.base.config,
             bench.base.weights,

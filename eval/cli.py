@@ -23,5 +23,6 @@ def main() -> None:
 
 
 def _failed(message: str) -> int:
+    """The exit status, once the message is on standard error."""
     print(message, file=sys.stderr)
     return 2

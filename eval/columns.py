@@ -48,6 +48,7 @@ def build(
 
 
 def _members(name: str, recipe: str, value: Adapter | Library) -> list[Column]:
+    """A value as one column, or an unrouted library as one for each module."""
     if not isinstance(value, Library):
         return [Column(name, recipe, value)]
     pairs = zip(value.names, value.adapters, strict=True)

@@ -52,6 +52,7 @@ def _kind(adapter: Adapter) -> Any:
 
 
 def _stacked(kind: Any, adapters: list[Adapter]) -> Adapter:
+    """Modules of one kind along a new axis in front."""
     if isinstance(kind, str):
         return stack(adapters)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(dict, adapters))

@@ -52,7 +52,7 @@ class Evaluation:
     """Tokens in a window of a text."""
     stride: int = 512
     """Tokens that each window scores."""
-    most: int = 64
+    max_new_tokens: int = 64
     """Tokens in a reply at most."""
     temperature: float = 0.0
     """Of a reply's tokens; 0 takes the likeliest."""

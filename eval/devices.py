@@ -53,6 +53,7 @@ def over_adapters(
 
 
 def _pmapped(stacked: Callable[..., jax.Array], placed: Any) -> Run:
+    """`stacked` under `pmap`, each device with an equal share of the rows."""
     program = jax.pmap(stacked, in_axes=(0, None, 0), out_axes=1, static_broadcasted_argnums=3)
 
     def run(adapters: Any, batch: Any, count: int) -> jax.Array:

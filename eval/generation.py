@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from eval.batches import rung
 from lora_jax import models
 from lora_jax.errors import refuse_all
+from lora_jax.lengths import bucket
 from lora_jax.modules import Adapter
 from lora_jax.parts import Cache
 
@@ -24,16 +24,16 @@ Array = jax.Array
 class Sampling:
     """How the next token is chosen."""
 
-    most: int = 64  # tokens at most
+    max_new_tokens: int = 64  # in a reply
     temperature: float = 0.0  # 0 takes the likeliest
     top_p: float = 1.0  # the likeliest tokens that together have this probability
     top_k: int = 0  # only so many of the likeliest; 0 is all
     seed: int = 0
 
     def __post_init__(self) -> None:
-        heat = self.temperature
+        count, heat = self.max_new_tokens, self.temperature
         problems = {
-            f"most must be at least 1; got {self.most}": self.most < 1,
+            f"max_new_tokens must be at least 1; got {count}": count < 1,
             f"temperature must lie in [0, inf); got {heat}": not 0 <= heat < math.inf,
             f"top_p must lie in (0, 1]; got {self.top_p}": not 0 < self.top_p <= 1,
             f"top_k must not be negative; got {self.top_k}": self.top_k < 0,
@@ -43,10 +43,12 @@ class Sampling:
 
 @struct.dataclass
 class _State:
+    """What one new token hands on to the next."""
+
     step: Array  # (), tokens written
     token: Array  # (B,), the newest
     done: Array  # (B,), rows that have ended
-    written: Array  # (B, most)
+    written: Array  # (B, max_new_tokens)
     cache: Cache | None
 
 
@@ -62,37 +64,39 @@ def continuations(
     sampling: Sampling,
     stop: int,
 ) -> Array:
-    """The tokens (B, most) that follow prompts (B, T) of `length` (B,), padded right.
+    """The tokens (B, max_new_tokens) that follow prompts (B, T) of `length` (B,), padded right.
 
     A row ends with `stop` and is filled with it; all stop when every row has. `keys` (B,) make a
     row's draws its own, whatever batch it is in.
     """
-    hidden, cache = _prefill(config, weights, adapter, tokens, length, sampling.most)
+    hidden, cache = _prefill(config, weights, adapter, tokens, length, sampling.max_new_tokens)
 
     def choose(hidden: Array, step: Array) -> Array:
+        """Each row's next token (B,), drawn with its own key for this step."""
         logits = models.unembed(config, weights, adapter, hidden[:, 0]).astype(jnp.float32)
         return _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
 
     def step(state: _State) -> _State:
+        """The state with one more token a row."""
         out = models.forward(config, weights, adapter, state.token[:, None], cache=state.cache)
         state = replace(state, cache=out.cache)
         return _written(state, choose(out.hidden, state.step), stop)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < sampling.most) & ~state.done.all()
+        return (state.step < sampling.max_new_tokens) & ~state.done.all()
 
-    none = jnp.full((len(tokens), sampling.most), stop, jnp.int32)
+    none = jnp.full((len(tokens), sampling.max_new_tokens), stop, jnp.int32)
     state = _State(jnp.array(0), none[:, 0], length == 0, none, cache)
     state = _written(state, choose(hidden, state.step), stop)
     return jax.lax.while_loop(unfinished, step, state).written
 
 
 def _prefill(
-    config: models.Config, weights: Any, adapter: Adapter, tokens: Array, length: Array, most: int
+    config: models.Config, weights: Any, adapter: Adapter, tokens: Array, length: Array, new: int
 ) -> tuple[Array, Cache | None]:
     """The hidden state (B, 1, D) of each prompt's last token, and the cache that holds them all."""
     rows, time = tokens.shape
-    cache = models.new_cache(config, rows, time + most - 1, weights["embed"].dtype)
+    cache = models.new_cache(config, rows, time + new - 1, weights["embed"].dtype)
     segments = (jnp.arange(time) < length[:, None]).astype(jnp.int32)
     out = models.forward(config, weights, adapter, tokens, segments=segments, cache=cache)
     return jnp.take_along_axis(out.hidden, length[:, None, None] - 1, axis=1), out.cache
@@ -142,7 +146,7 @@ def generate(
     prompt gets an empty reply.
     """
     pending, drawn = [], replace(sampling, seed=0)  # the keys carry the seed: no recompilation
-    for time, chosen in _by_length(prompts, sampling.most, tokens):
+    for time, chosen in _by_length(prompts, sampling.max_new_tokens, tokens):
         padded = np.zeros((len(chosen), time), np.int32)
         for row, n in enumerate(chosen):
             padded[row, : len(prompts[n])] = prompts[n]
@@ -161,20 +165,21 @@ def generate(
 
 
 def _by_length(
-    prompts: Sequence[Sequence[int]], most: int, tokens: int
+    prompts: Sequence[Sequence[int]], new: int, tokens: int
 ) -> list[tuple[int, list[int]]]:
-    """Prompts by the rung of their length, in batches of about `tokens` tokens."""
+    """Prompts by the bucket of their length, in batches of about `tokens` with the `new` ones."""
     groups: dict[int, list[int]] = {}
     for n, prompt in enumerate(prompts):
-        groups.setdefault(rung(max(len(prompt), 8)), []).append(n)
+        groups.setdefault(bucket(max(len(prompt), 8)), []).append(n)
     planned = []
     for time, members in sorted(groups.items()):
-        count = math.ceil(len(members) / max(1, tokens // (time + most)))
+        count = math.ceil(len(members) / max(1, tokens // (time + new)))
         rows = math.ceil(len(members) / count)
         planned += [(time, members[n : n + rows]) for n in range(0, len(members), rows)]
     return planned
 
 
 def _until(row: np.ndarray, stop: int) -> list[int]:
+    """The tokens before the first `stop`."""
     ended = np.flatnonzero(row == stop)
     return row[: ended[0]].tolist() if len(ended) else row.tolist()

@@ -74,6 +74,7 @@ def _span(tokens: list[int], offsets: list[tuple[int, int]], start: int) -> Span
 
 
 def _divisors(question: Question, spans: Sequence[Span], score: str) -> tuple[float, ...]:
+    """What each choice's summed nats are divided by."""
     if score == "sum":
         return (1.0,) * len(spans)
     if score == "char":
@@ -82,6 +83,7 @@ def _divisors(question: Question, spans: Sequence[Span], score: str) -> tuple[fl
 
 
 def _check(question: Question, spans: Sequence[Span], context: int) -> None:
+    """Refuses a question that is too long, or has a choice without a token to score."""
     longest = max(map(len, spans))
     if longest > context:
         raise InputError(

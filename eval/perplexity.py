@@ -57,6 +57,7 @@ def batches(whole: Windows, *, tokens: int, multiple: int = 1) -> list[tuple[np.
     rows = math.ceil(count / number / multiple) * multiple
 
     def part(start: int) -> Windows:
+        """The batch that begins at window `start`, filled up with empty windows."""
         filling = max(0, start + rows - count)
         return jax.tree.map(
             lambda x: np.pad(x[start : start + rows], ((0, filling), (0, 0))), whole

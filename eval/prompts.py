@@ -36,6 +36,7 @@ def frame(style: str, tokenizer: Tokenizer) -> Frame:
     end = chat(tokenizer, turns).rpartition("(reply)")[2]
 
     def turn(content: str) -> tuple[str, str]:
+        """A prompt's chat up to the reply, and what closes the reply."""
         return chat(tokenizer, [{"role": "user", "content": content}], open_reply=True), end
 
     return turn
@@ -57,6 +58,7 @@ def pose(task: Task, form: Form, row: Row, surround: Frame) -> Question:
 
 
 def _choices(form: Form, row: Row) -> list[str]:
+    """The words of the choices: the form's own, or those in the row's field."""
     if not isinstance(form.choices, str):
         return list(form.choices)
     words = row.fields[form.choices]
@@ -72,12 +74,14 @@ def _filled(word: Any) -> bool:
 
 
 def _fill(form: Form, row: Row, choice: str) -> tuple[str, str]:
+    """The prompt and answer of one choice, from the form's templates."""
     before, _, after = str(row.fields.get("question", "")).partition("_")
     known = {**row.fields, "choice": choice, "before": before, "after": after}
     return _filled_in(form.prompt, known, row.place), _filled_in(form.answer, known, row.place)
 
 
 def _filled_in(template: str, known: dict[str, Any], place: str) -> str:
+    """A template with the fields that it names; one that does not fit is refused."""
     try:
         return template.format_map(known)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ def table(numbers: Sequence[Line]) -> Table:
     for n, line in enumerate(numbers):
         if not n or line.task != numbers[n - 1].task:
             found.add_section()
-            found.add_row(f"[bold]{line.task}[/] ({line.examples:,})")
+            found.add_row(f"[bold]{escape(line.task)}[/] ({line.examples:,})")
         result, change = _units(line)
         cells = [*_cells(line.value, result), *_cells(line.difference, change)]
         found.add_row(escape(line.column), *cells)
@@ -43,6 +43,7 @@ def _units(line: Line) -> tuple[Show, Show]:
 
 
 def _cells(interval: Interval | None, show: Show) -> tuple[str, str]:
+    """A number and its interval as they are shown; empty if there is none."""
     if interval is None:
         return "", ""
     ends = (show(x).partition(" ")[0] for x in (interval.low, interval.high))
@@ -51,11 +52,11 @@ def _cells(interval: Interval | None, show: Show) -> tuple[str, str]:
 
 def group_table(name: str, groups: Mapping[str, Mapping[str, float]]) -> Table:
     """A task's accuracy by group and column, in percent."""
-    found = Table(name)
+    found = Table(escape(name))
     for column in next(iter(groups.values())):
         found.add_column(escape(column), justify="right")
     for group, values in groups.items():
-        found.add_row(group, *(f"{100 * value:.1f}" for value in values.values()))
+        found.add_row(escape(group), *(f"{100 * value:.1f}" for value in values.values()))
     return found
 
 
@@ -77,7 +78,7 @@ def chart(numbers: Sequence[Line], path: Path) -> None:
     columns = list(dict.fromkeys(line.column for line in shown))
     figure = Figure(figsize=(2 + 0.5 * len(tasks) * (len(columns) + 1), 4), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(columns)
+    width, bars = 0.8 / len(columns), []
     for n, column in enumerate(columns):
         values = [line.value for line in shown if line.column == column]
         heights = 100 * np.array([v.value for v in values])
@@ -85,9 +86,9 @@ def chart(numbers: Sequence[Line], path: Path) -> None:
             [[v.value - v.low for v in values], [v.high - v.value for v in values]]
         )
         places = np.arange(len(tasks)) + (n - (len(columns) - 1) / 2) * width
-        axes.bar(places, heights, 0.9 * width, yerr=whiskers, capsize=3, label=column)
+        bars.append(axes.bar(places, heights, 0.9 * width, yerr=whiskers, capsize=3))
     axes.set_xticks(np.arange(len(tasks)), tasks)
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(bars, columns, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)

@@ -30,7 +30,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Surprise:
+class Perplexity:
     """A text's outcome: the nats of every window, by column, and the tokens they are of."""
 
     task: str
@@ -59,10 +59,10 @@ class Line:
     difference: Interval | None
 
 
-def lines(outcome: Answers | Surprise, seed: int = 0) -> list[Line]:
+def lines(outcome: Answers | Perplexity, seed: int = 0) -> list[Line]:
     """The outcome's number for every column: accuracy, or nats a token."""
-    if isinstance(outcome, Surprise):
-        return _surprise_lines(outcome, seed)
+    if isinstance(outcome, Perplexity):
+        return _perplexity_lines(outcome, seed)
     correct = {column: outcome.correct(column) for column in outcome.scores}
     first = next(iter(correct.values()))
     return [
@@ -78,7 +78,7 @@ def lines(outcome: Answers | Surprise, seed: int = 0) -> list[Line]:
     ]
 
 
-def _surprise_lines(outcome: Surprise, seed: int) -> list[Line]:
+def _perplexity_lines(outcome: Perplexity, seed: int) -> list[Line]:
     counts = outcome.counts
     first = next(iter(outcome.nats.values()))
     return [
@@ -105,7 +105,7 @@ def by_group(outcome: Answers) -> dict[str, dict[str, float]]:
 
 
 def document(
-    outcomes: Sequence[Answers | Surprise],
+    outcomes: Sequence[Answers | Perplexity],
     numbers: Sequence[Line],
     replies: Replies | None,
     provenance: Mapping[str, Any],
@@ -119,9 +119,10 @@ def document(
     }
 
 
-def _details(outcome: Answers | Surprise) -> dict[str, Any]:
+def _details(outcome: Answers | Perplexity) -> dict[str, Any]:
+    """What results.json holds of one outcome."""
     head = {"task": outcome.task, "source": outcome.source}
-    if isinstance(outcome, Surprise):
+    if isinstance(outcome, Perplexity):
         total = outcome.counts.sum()
         return head | {
             "perplexity": {c: _exp(n.sum() / total) for c, n in outcome.nats.items()},

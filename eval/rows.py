@@ -68,6 +68,7 @@ def _from_file(task: Task, root: Path | None) -> Iterator[Row]:
 
 
 def _check(row: Row, needed: set[str]) -> None:
+    """Refuses a row that lacks a field that is needed."""
     missing = sorted(needed - {key for key, value in row.fields.items() if value is not None})
     if missing:
         has = ", ".join(row.fields) or "nothing"

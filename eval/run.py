@@ -13,7 +13,7 @@ from eval import bench as benches
 from eval import columns, report, results, tasks
 from eval.bench import Bench
 from eval.config import Evaluation, checked
-from eval.results import Answers, Line, Replies, Surprise
+from eval.results import Answers, Line, Perplexity, Replies
 from eval.tasks import Corpus, Task
 from lora_jax import bases
 from lora_jax.errors import InputError
@@ -55,13 +55,14 @@ def _wanted(settings: Evaluation) -> list[Task | Corpus]:
     return found
 
 
-def _measured(bench: Bench, task: Task | Corpus) -> Answers | Surprise:
+def _measured(bench: Bench, task: Task | Corpus) -> Answers | Perplexity:
     if isinstance(task, Corpus):
-        return benches.surprise(bench, task)
+        return benches.text_perplexity(bench, task)
     return benches.answers(bench, task)
 
 
 def _write(settings: Evaluation, document: dict[str, Any], numbers: Sequence[Line]) -> None:
+    """Writes results.json and, if there are accuracies, their chart."""
     with new_folder(settings.out, settings.overwrite) as scratch:
         write_json(scratch / "results.json", document)
         if any(line.metric == "accuracy" for line in numbers):
@@ -86,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def _print(
-    outcomes: Sequence[Answers | Surprise], numbers: Sequence[Line], replies: Replies | None
+    outcomes: Sequence[Answers | Perplexity], numbers: Sequence[Line], replies: Replies | None
 ) -> None:
     console = Console(highlight=False)
     if numbers:

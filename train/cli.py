@@ -50,5 +50,6 @@ def main() -> None:
 
 
 def _told(message: str, status: int) -> int:
+    """The exit status, once the message is on standard error."""
     print(message, file=sys.stderr)
     return status

@@ -82,6 +82,7 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 
 
 def _example(ids: list[int], learned: np.ndarray, length: int, place: str) -> Example:
+    """The tokens and their mask, both cut to `length`."""
     mask = np.array(learned[:length], bool)
     mask[:1] = False  # nothing predicts the first token
     return Example(np.asarray(ids[:length], np.int32), mask, place, cut=len(ids) > length)

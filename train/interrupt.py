@@ -28,6 +28,7 @@ def stop_asked() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: object) -> None:
+        """Handles the first signal; the next meets the handlers that were there before."""
         asked.set()
         restore()
         os.write(2, _NOTE)  # the one way to write that a handler may always use

@@ -82,6 +82,7 @@ def _due(step: int, run: Run) -> bool:
 
 
 def _validates(step: int, run: Run) -> bool:
+    """Whether the loop validates after this step."""
     every = run.config.evaluate_every or -(-run.steps // 10)
     return run.held_out is not None and (step % every == 0 or step == run.steps)
 
@@ -119,6 +120,7 @@ def validation_loss(run: Run, adapter: Any) -> float:
 
 
 def _once(plan: Plan) -> Iterator[Any]:
+    """The plan's batches, each once, in an order that does not change."""
     batches = batches_from(plan, seed=0, step=0)
     return (assemble(plan, next(batches)) for _ in range(plan.steps))
 
@@ -151,12 +153,14 @@ def _keep(run: Run, state: State) -> bool:
 
 
 def _interrupt(run: Run, state: State) -> None:
+    """Ends the run as it was asked to, and says whether its state is kept."""
     kept = _keep(run, state)
     fate = "--resume goes on from there" if kept else "nothing is kept, as --checkpoint-every is 0"
     raise KeyboardInterrupt(f"stopped after step {int(state.step)}; {fate}")
 
 
 def _stop(run: Run, flight: Flight, state: State, values: dict[str, float]) -> None:
+    """Ends the run whose step was not finite, and says which rows did it."""
     kept = _keep(run, replace(state, failed=state.failed & False))  # frozen at the last good step
     fate = "the state before it is kept" if kept else "nothing is kept, as --checkpoint-every is 0"
     raise InputError(

@@ -55,6 +55,7 @@ def read_texts(sources: Iterable[str]) -> list[str]:
 
 
 def _text(row: Row) -> str:
+    """The row's `text` field; a row without one is refused."""
     text = row.fields.get("text")
     if not isinstance(text, str):
         raise InputError(f'{row.place}: plain text needs a "text" field; it has {_names(row)}')

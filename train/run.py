@@ -67,6 +67,7 @@ def train(config: Config, base: Base | None = None) -> Path:
 
 
 def _mesh(config: Config) -> Mesh | None:
+    """The mesh that the config asks for; none for a single device."""
     sizes = (config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     return None if sizes == (1, 1, 1) else make_mesh(*sizes)
 

@@ -75,51 +75,16 @@ def make_programs(
     optimizer, schedule = make_optimizer(config, steps), make_schedule(config, steps)
 
     def start(adapter: Adapter) -> State:
-        adapter = dict(adapter)
-        # The optimiser and the best adapter get buffers of their own, since steps donate them.
-        best = jax.tree.map(jnp.copy, adapter)
-        # Typed outright: a weak type would compile the step anew once a typed loss replaces it.
-        infinite, zero = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
-        return State(zero, adapter, optimizer.init(adapter), best, infinite, jnp.asarray(False))
-
-    def loss_and_slope(weights: Any, state: State, batch: Batch):
-        """The loss a label and its gradient, summed over the accumulated parts of a batch."""
-        labels = jnp.maximum(batch.weights.sum(), 1)
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def part(total, xs):
-            index, piece = xs
-            dropout = Dropout(jax.random.fold_in(key, index), config.dropout)
-
-            def loss(adapter: Adapter) -> jax.Array:
-                chosen = dropout if config.dropout else None
-                summed = batch_loss(
-                    model, weights, adapter, piece, dropout=chosen, remat=config.remat
-                )
-                return summed / labels
-
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state.adapter)), None
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapter))
-        if config.accumulate == 1:
-            return part(zero, (0, jax.tree.map(lambda x: x[0], batch)))[0]
-        return jax.lax.scan(part, zero, (jnp.arange(config.accumulate), batch))[0]
+        return first_state(optimizer, adapter)
 
     def train(weights: Any, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        loss, slope = loss_and_slope(weights, state, batch)
-        norm = optax.tree.norm(slope)
+        """The state after a step, and the step's metrics."""
+        loss, gradient = loss_and_gradient(config, model, weights, state, batch)
+        norm = optax.tree.norm(gradient)
+        rate = jnp.asarray(schedule(state.step))
         failed = state.failed | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-        update, moved = optimizer.update(slope, state.optimizer, state.adapter)
-        new = (optax.apply_updates(state.adapter, update), moved)
-        old = (state.adapter, state.optimizer)
-        adapter, inner = jax.tree.map(lambda n, o: jnp.where(failed, o, n), new, old)
-        step = state.step + jnp.where(failed, 0, 1)
-        metrics = {
-            "loss": loss,
-            "gradient_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step)),
-        }
-        return replace(state, step=step, adapter=adapter, optimizer=inner, failed=failed), metrics
+        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        return next_state(optimizer, state, gradient, failed), metrics
 
     def validate(weights: Any, adapter: Adapter, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The summed loss of a batch, and its number of labels."""
@@ -130,3 +95,50 @@ def make_programs(
     placed = None if mesh is None else replicated(mesh)
     step = jax.jit(train, donate_argnums=1, out_shardings=(placed, None))
     return Programs(jax.jit(start), step, jax.jit(validate))
+
+
+def first_state(optimizer: optax.GradientTransformation, adapter: Adapter) -> State:
+    """The state of a run that begins with `adapter`."""
+    adapter = dict(adapter)
+    # The optimiser and the best adapter get buffers of their own, since steps donate them.
+    best = jax.tree.map(jnp.copy, adapter)
+    # Typed outright: a weak type would compile the step anew once a typed loss replaces it.
+    infinite, zero = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
+    return State(zero, adapter, optimizer.init(adapter), best, infinite, jnp.asarray(False))
+
+
+def loss_and_gradient(
+    config: Config, model: models.Config, weights: Any, state: State, batch: Batch
+) -> tuple[jax.Array, Any]:
+    """The loss a label and its gradient, summed over the accumulated parts of a batch."""
+    labels = jnp.maximum(batch.weights.sum(), 1)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def part_loss(adapter: Adapter, index: jax.Array, part: Batch) -> jax.Array:
+        """A part's share of the loss a label; each part draws a dropout of its own."""
+        dropout = Dropout(jax.random.fold_in(key, index), config.dropout)
+        chosen = dropout if config.dropout else None
+        summed = batch_loss(model, weights, adapter, part, dropout=chosen, remat=config.remat)
+        return summed / labels
+
+    def add(total: Any, indexed_part: tuple[Any, Batch]) -> tuple[Any, None]:
+        """The total with one part's loss and gradient added, as `scan` carries it."""
+        found = jax.value_and_grad(part_loss)(state.adapter, *indexed_part)
+        return jax.tree.map(jnp.add, total, found), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.adapter))
+    if config.accumulate == 1:
+        return add(zero, (0, jax.tree.map(lambda x: x[0], batch)))[0]
+    return jax.lax.scan(add, zero, (jnp.arange(config.accumulate), batch))[0]
+
+
+def next_state(
+    optimizer: optax.GradientTransformation, state: State, gradient: Any, failed: jax.Array
+) -> State:
+    """The state after a step along the gradient; where it `failed`, the one before but for that."""
+    update, moved = optimizer.update(gradient, state.optimizer, state.adapter)
+    new = (optax.apply_updates(state.adapter, update), moved)
+    old = (state.adapter, state.optimizer)
+    adapter, inner = jax.tree.map(lambda n, o: jnp.where(failed, o, n), new, old)
+    step = state.step + jnp.where(failed, 0, 1)
+    return replace(state, step=step, adapter=adapter, optimizer=inner, failed=failed)

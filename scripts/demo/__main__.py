@@ -10,7 +10,7 @@ from lora_jax.files import refuse_existing
 
 
 @dataclass(frozen=True)
-class Demo:
+class Settings:
     """Runs the demo and prints the path of its report."""
 
     out: Path = Path("out/demo")  # folder of the report, the modules and the data
@@ -23,7 +23,7 @@ class Demo:
 
 def main() -> None:
     """Runs all stages, each with its progress, and writes the report."""
-    settings = tyro.cli(Demo, prog="make demo ARGS=", config=(tyro.conf.FlagCreatePairsOff,))
+    settings = tyro.cli(Settings, prog="make demo ARGS=", config=(tyro.conf.FlagCreatePairsOff,))
     if not settings.overwrite:
         refuse_existing(settings.out, overwrite=False)
     began = time.time()
@@ -33,13 +33,13 @@ def main() -> None:
     runtime.prepare()
     from scripts.demo import report, stages
 
-    bench = stages.fetch(settings.base, settings.out, settings.train, settings.test, settings.seed)
-    modules = stages.train_modules(bench)
-    addition = stages.addition(bench, modules)
-    negation = stages.negation(bench, modules)
-    routing = stages.routing(bench, modules)
+    demo = stages.fetch(settings.base, settings.out, settings.train, settings.test, settings.seed)
+    modules = stages.train_modules(demo)
+    addition = stages.addition(demo, modules)
+    negation = stages.negation(demo, modules)
+    routing = stages.routing(demo, modules)
     stages.heading("6/6 report")
-    path = report.write(bench, modules, addition, negation, routing, time.time() - began)
+    path = report.write(demo, modules, addition, negation, routing, time.time() - began)
     print(path)
 
 

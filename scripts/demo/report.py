@@ -10,13 +10,13 @@ from markupsafe import Markup
 import lora_jax
 from lora_jax.files import write_text
 from scripts.demo import figures
-from scripts.demo.stages import TOP_K, Routing, Sweep, Trained, Unlearning, Workshop
+from scripts.demo.stages import TOP_K, Demo, Routing, Sweep, Trained, Unlearning
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write(
-    shop: Workshop,
+    demo: Demo,
     trained: Trained,
     sweep: Sweep,
     unlearning: Sequence[Unlearning],
@@ -35,11 +35,11 @@ def write(
     environment = Environment(autoescape=True)
     safe = {name: Markup(svg) for name, svg in drawn.items()}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        base=shop.base.folder.name,
+        base=demo.base.folder.name,
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         version=lora_jax.__version__,
         test=next(iter(routing.lines.values()))[0].examples,
-        seed=shop.seed,
+        seed=demo.seed,
         seconds=seconds,
         records=trained.records,
         sweep=sweep,
@@ -49,6 +49,6 @@ def write(
         entropy=routing.entropy,
         figures=safe,
     )
-    path = shop.out / "report.html"
+    path = demo.out / "report.html"
     write_text(path, page)
     return path

@@ -35,7 +35,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
-class Workshop:
+class Demo:
     """What every stage uses: the base model, and where the data and the modules are."""
 
     base: Base
@@ -92,19 +92,19 @@ def heading(text: str) -> None:
     Console(stderr=True).rule(f"[bold]{text}", align="left")
 
 
-def fetch(base: str, out: Path, rows: int, held_out: int, seed: int) -> Workshop:
+def fetch(base: str, out: Path, rows: int, held_out: int, seed: int) -> Demo:
     """Stage 1: the base model in memory, the data on disk."""
     heading("1/6 the base model and the data")
     loaded = load_base(base)
-    shop = Workshop(loaded, load_tokenizer(loaded.folder), out, seed)
-    data.write_files(shop.data, train=rows, test=held_out, seed=seed)
+    demo = Demo(loaded, load_tokenizer(loaded.folder), out, seed)
+    data.write_files(demo.data, train=rows, test=held_out, seed=seed)
     for name in data.TASKS:
         task = {"rows": f"{name}-test.jsonl", "prompt": "{question}", "choices": "choices"}
-        write_json(shop.data / f"{name}.json", task | {"name": name})
-    return shop
+        write_json(demo.data / f"{name}.json", task | {"name": name})
+    return demo
 
 
-def train_modules(shop: Workshop) -> Trained:
+def train_modules(demo: Demo) -> Trained:
     """Stage 2: a module a task, one of general knowledge, one of a habit, and an IA3 module."""
     heading("2/6 training the modules")
     question = {"prompt": "{question}", "completion": " {answer}"}
@@ -120,26 +120,26 @@ def train_modules(shop: Workshop) -> Trained:
         "steps": 17,
     }
     runs["cheers"] = {"data": "cheers-train.jsonl", "chat": True, "batch": 4, "epochs": 1.0}
-    folders = {name: train(_config(shop, name, run), shop.base) for name, run in runs.items()}
-    modules = {n: peft.load_adapter(folder, shop.base.config) for n, folder in folders.items()}
+    folders = {name: train(_config(demo, name, run), demo.base) for name, run in runs.items()}
+    modules = {n: peft.load_adapter(folder, demo.base.config) for n, folder in folders.items()}
     records = {name: _record(folder) for name, folder in folders.items()}
     return Trained(modules, records)
 
 
-def _config(shop: Workshop, name: str, run: Mapping[str, Any]) -> Config:
+def _config(demo: Demo, name: str, run: Mapping[str, Any]) -> Config:
     common: dict[str, Any] = {
         "targets": PROJECTIONS,
         "rank": RANK,
         "alpha": ALPHA,
         "learning_rate": RATE,
         "epochs": 2.0,
-        "init_seed": shop.seed,
-        "seed": shop.seed,
+        "init_seed": demo.seed,
+        "seed": demo.seed,
         "checkpoint_every": 0,
         "overwrite": True,
-        "out": shop.out / "modules" / name,
+        "out": demo.out / "modules" / name,
     }
-    return Config(**common | dict(run) | {"data": (str(shop.data / run["data"]),)})
+    return Config(**common | dict(run) | {"data": (str(demo.data / run["data"]),)})
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -150,15 +150,15 @@ def _record(folder: Path) -> dict[str, Any]:
     return read_json(folder / RECORD) | {"metrics": read_metrics(folder / "metrics.jsonl")}
 
 
-def _measure(shop: Workshop, columns: Mapping[str, Adapter], names: Sequence[str]) -> list:
+def _measure(demo: Demo, columns: Mapping[str, Adapter], names: Sequence[str]) -> list:
     """Each task's outcome over the columns, by the library's own evaluation."""
-    settings = Evaluation(seed=shop.seed)
+    settings = Evaluation(seed=demo.seed)
     made = [Column(name, name, adapter) for name, adapter in columns.items()]
-    bench = benches.Bench(settings, shop.base, shop.tokenizer, made)
-    return [benches.answers(bench, tasks.read_task(shop.data / f"{n}.json")) for n in names]
+    bench = benches.Bench(settings, demo.base, demo.tokenizer, made)
+    return [benches.answers(bench, tasks.read_task(demo.data / f"{n}.json")) for n in names]
 
 
-def addition(shop: Workshop, trained: Trained) -> Sweep:
+def addition(demo: Demo, trained: Trained) -> Sweep:
     """Stage 3: a λ sweep between two task modules, in factor space (the paper's) and exact."""
     heading("3/6 addition: a λ sweep between two tasks")
     first, second = "mood", "kind"
@@ -170,22 +170,22 @@ def addition(shop: Workshop, trained: Trained) -> Sweep:
         for w in weights
     }
     found: dict[str, dict[str, list[Line]]] = {"factor": {}, "delta": {}}
-    for outcome in _measure(shop, columns, (first, second)):
-        for line in results.lines(outcome, shop.seed):
+    for outcome in _measure(demo, columns, (first, second)):
+        for line in results.lines(outcome, demo.seed):
             found[line.column.split()[0]].setdefault(outcome.task, []).append(line)
     return Sweep(first, second, weights, found)
 
 
-def negation(shop: Workshop, trained: Trained) -> list[Unlearning]:
+def negation(demo: Demo, trained: Trained) -> list[Unlearning]:
     """Stage 4: the habit's module at several strengths, and a random module of its norm."""
     heading("4/6 negation: unlearning a habit")
     cheers = trained.modules["cheers"]
-    random = _random_like(cheers, shop.seed)
+    random = _random_like(cheers, demo.seed)
     plan = [("cheers", cheers, s) for s in (1.0, 0.0, -0.25, -0.5, -0.75, -1.0)]
     plan += [("random of its norm", random, s) for s in (-0.5, -1.0)]
     columns = {f"{n} {s:+}": scale(m, s, space="delta") for n, m, s in plan}
-    perplexity = _perplexity(shop, columns)
-    written = _replies(shop, columns)
+    perplexity = _perplexity(demo, columns)
+    written = _replies(demo, columns)
     return [
         Unlearning(name, strength, _exclaimed(written[key]), perplexity[key], written[key][0])
         for key, (name, _, strength) in zip(columns, plan, strict=True)
@@ -205,24 +205,25 @@ def _random_like(module: Adapter, seed: int) -> Adapter:
     return {path: one(index, lora) for index, (path, lora) in enumerate(module.items())}
 
 
-def _perplexity(shop: Workshop, columns: Mapping[str, Adapter]) -> dict[str, float]:
+def _perplexity(demo: Demo, columns: Mapping[str, Adapter]) -> dict[str, float]:
     """The perplexity of the neutral text under each column."""
     settings = Evaluation(window=128, stride=64)
     made = [Column(name, name, adapter) for name, adapter in columns.items()]
-    bench = benches.Bench(settings, shop.base, shop.tokenizer, made)
-    outcome = benches.surprise(bench, tasks.Corpus("neutral text", str(shop.data / "neutral.txt")))
+    bench = benches.Bench(settings, demo.base, demo.tokenizer, made)
+    neutral = tasks.Corpus("neutral text", str(demo.data / "neutral.txt"))
+    outcome = benches.text_perplexity(bench, neutral)
     total = outcome.counts.sum()
     return {name: float(np.exp(nats.sum() / total)) for name, nats in outcome.nats.items()}
 
 
-def _replies(shop: Workshop, columns: Mapping[str, Adapter]) -> Mapping[str, Sequence[str]]:
+def _replies(demo: Demo, columns: Mapping[str, Adapter]) -> Mapping[str, Sequence[str]]:
     """What each column replies to the held-out prompts, four times each."""
     prompts = sorted({row["prompt"] for row in data.cheers(held_out=True)}) * 4
     settings = Evaluation(
-        generate=tuple(prompts), format="chat", temperature=0.7, most=40, seed=shop.seed
+        generate=tuple(prompts), format="chat", temperature=0.7, max_new_tokens=40, seed=demo.seed
     )
     made = [Column(name, name, adapter) for name, adapter in columns.items()]
-    return benches.replies(benches.Bench(settings, shop.base, shop.tokenizer, made)).replies
+    return benches.replies(benches.Bench(settings, demo.base, demo.tokenizer, made)).replies
 
 
 def _exclaimed(texts: Sequence[str]) -> float:
@@ -231,11 +232,11 @@ def _exclaimed(texts: Sequence[str]) -> float:
     return sum("!" in end for end in ends) / max(len(ends), 1)
 
 
-def routing(shop: Workshop, trained: Trained) -> Routing:
+def routing(demo: Demo, trained: Trained) -> Routing:
     """Stage 5: the task modules alone, averaged, routed, and routed with the general taken out."""
     heading("5/6 GenKnowSub and Arrow over the library")
     library = Library(tuple(data.TASKS), tuple(trained.modules[name] for name in data.TASKS))
-    inputs = {"tasks": library, "general": trained.modules["general"], "untrained": _start(shop)}
+    inputs = {"tasks": library, "general": trained.modules["general"], "untrained": _start(demo)}
     arrow = f"arrow({{}}, top_k={TOP_K})"
     columns: dict[str, Adapter] = {"base": {}}
     columns |= dict(zip(library.names, library.adapters, strict=True))
@@ -249,33 +250,33 @@ def routing(shop: Workshop, trained: Trained) -> Routing:
     columns["control: untrained + Arrow, factors"] = applied(
         evaluate(control, inputs, space="factor")
     )
-    outcomes = _measure(shop, columns, tuple(data.TASKS))
-    lines = {outcome.task: results.lines(outcome, shop.seed) for outcome in outcomes}
+    outcomes = _measure(demo, columns, tuple(data.TASKS))
+    lines = {outcome.task: results.lines(outcome, demo.seed) for outcome in outcomes}
     shares, entropy = {}, {}
     for name in data.TASKS:
-        shares[name], entropy[name] = _routes(shop, columns["Arrow"], name)
+        shares[name], entropy[name] = _routes(demo, columns["Arrow"], name)
     return Routing(lines, shares, entropy)
 
 
-def _start(shop: Workshop) -> Adapter:
+def _start(demo: Demo) -> Adapter:
     """The initialisation that every module of the demo began from, untrained."""
     return init_lora(
-        jax.random.key(shop.seed),
-        models.projections(shop.base.config),
+        jax.random.key(demo.seed),
+        models.projections(demo.base.config),
         targets=PROJECTIONS,
         rank=RANK,
         alpha=ALPHA,
     )
 
 
-def _routes(shop: Workshop, adapter: Adapter, name: str) -> tuple[np.ndarray, float]:
+def _routes(demo: Demo, adapter: Adapter, name: str) -> tuple[np.ndarray, float]:
     """Where Arrow sends the tokens of a task's held-out questions: (layers, modules)."""
-    texts = [str(q["question"]) for q in data.questions(name, 16, held_out=True, seed=shop.seed)]
-    ids = encode(shop.tokenizer, texts)
+    texts = [str(q["question"]) for q in data.questions(name, 16, held_out=True, seed=demo.seed)]
+    ids = encode(demo.tokenizer, texts)
     tokens, segments = (np.zeros((len(ids), max(map(len, ids))), np.int32) for _ in range(2))
     for row, sequence in enumerate(ids):
         tokens[row, : len(sequence)], segments[row, : len(sequence)] = sequence, 1
-    config, weights = shop.base.config, shop.base.weights
+    config, weights = demo.base.config, demo.base.weights
     found = routing_statistics(
         config, weights, adapter, jnp.asarray(tokens), jnp.asarray(segments)
     ).values()

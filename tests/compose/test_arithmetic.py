@@ -223,11 +223,11 @@ def test_weights_can_be_learned_by_gradient(lora, space):
 
     @jax.jit
     @jax.grad
-    def slope(weights):
+    def gradient(weights):
         m = arithmetic.average([x, y], weights, space=space)[UP]
         return jnp.sum((m.a @ m.b) ** 2)
 
-    found = slope(jnp.array([0.3, 0.7]))
+    found = gradient(jnp.array([0.3, 0.7]))
     assert np.isfinite(found).all() and (found != 0).all()
 
 

@@ -98,5 +98,5 @@ def test_what_is_too_deep_is_refused(inputs):
 
 def test_an_expression_is_a_pure_function_of_its_inputs(inputs):
     pair = {name: inputs[name] for name in "ab"}
-    slope = jax.jit(jax.grad(lambda m: (evaluate("a - 0.4*b", m)[UP].b ** 2).sum()))(pair)
-    np.testing.assert_allclose(slope["a"][UP].b, 2 * inputs["a"][UP].b, rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda m: (evaluate("a - 0.4*b", m)[UP].b ** 2).sum()))(pair)
+    np.testing.assert_allclose(gradient["a"][UP].b, 2 * inputs["a"][UP].b, rtol=1e-5)

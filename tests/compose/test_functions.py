@@ -31,6 +31,8 @@ def test_each_function_is_the_papers_in_the_space(inputs, space):
         "detox(a, b, 0.3)": arithmetic.detox(a, b, 0.3, space=space),
         "gks(a, b)": without(a, b, space=space),
         "gks(a, b, strength=0.5)": without(a, b, strength=0.5, space=space),
+        "gks(a, b, strength=-1)": without(a, b, strength=-1, space=space),
+        "gks(a, b, strength=--.5)": without(a, b, strength=0.5, space=space),
     }
     for text, want in cases.items():
         found = resolve(text, inputs, space=space)

@@ -11,7 +11,8 @@ def test_names_are_the_inputs_and_not_the_functions_or_the_words():
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "-a", "a-b", "2*(a + b)/3", ".5*a", "1e-3*a", "mean(a)", "a\n - b", "- -a"]
+    "text",
+    ["a", "-a", "a-b", "2*(a + b)/3", ".5*a", "1e-3*a", "mean(a)", "a\n - b", "- -a", "f(k=-1)"],
 )
 def test_well_formed_texts_are_parsed(text):
     assert parse(text)
@@ -28,6 +29,9 @@ def test_well_formed_texts_are_parsed(text):
         ("a)", 2, r"unexpected '\)'"),
         ("2a", 2, "unexpected 'a'"),
         ("f(k=1+1)", 6, r"unexpected '\+'"),
+        ("f(k=-1-1)", 7, "unexpected '-'"),
+        ("f(k=-a)", 6, "unexpected 'a'"),
+        ("f(k=-)", 6, r"unexpected '\)'"),
         ("import os; a", 8, "unexpected"),
     ],
 )

@@ -47,21 +47,23 @@ def test_non_finite_scores_are_refused(monkeypatch, bench_of, root, bad):
         benches.answers(bench, find("arc_easy"))
     monkeypatch.setattr(compare, "measure", lambda *_: read)
     with pytest.raises(InputError, match=r"bad: non-finite score on .*some.txt window 0; its"):
-        benches.surprise(bench, Corpus("some", "some.txt"))
+        benches.text_perplexity(bench, Corpus("some", "some.txt"))
 
 
 def test_a_tokenizer_without_an_end_writes_to_the_most(bench_of):
-    bench = bench_of(generate=("Hello",), most=3)
+    bench = bench_of(generate=("Hello",), max_new_tokens=3)
     bench.tokenizer.eos_token = None
     assert bench.tokenizer.eos_token_id is None
     assert benches.replies(bench).replies.keys() == {"base"}
 
 
 def test_what_the_context_has_no_room_for_is_refused(bench_of):
-    fits = bench_of(generate=("Hello",), most=123, stride=128)
+    fits = bench_of(generate=("Hello",), max_new_tokens=123, stride=128)
     benches.refuse_beyond_context(fits, [find("arc_easy")])
-    over = replace(fits, settings=replace(fits.settings, most=124))
-    with pytest.raises(InputError, match=r"reads 128 tokens: prompt 'Hello' has 5 .* --most 124"):
+    over = replace(fits, settings=replace(fits.settings, max_new_tokens=124))
+    with pytest.raises(
+        InputError, match=r"reads 128 tokens: prompt 'Hello' has 5 .*-tokens adds 124"
+    ):
         benches.refuse_beyond_context(over, [])
     with pytest.raises(InputError, match="reads 128 tokens: --stride 128 must be smaller"):
         benches.refuse_beyond_context(fits, [find("wikitext")])

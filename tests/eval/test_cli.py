@@ -67,7 +67,7 @@ def test_measures_and_writes(command, root, tmp_path, capsys):
 
 
 def test_replies_without_a_task(command, tmp_path, capsys):
-    command(*f"--generate Hello --format chat --most 4 --out {tmp_path}/out".split())
+    command(*f"--generate Hello --format chat --max-new-tokens 4 --out {tmp_path}/out".split())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["replies"]["prompts"] == ["Hello"] and found["numbers"] == []
     assert "Hello" in capsys.readouterr().out
@@ -82,7 +82,10 @@ def test_replies_without_a_task(command, tmp_path, capsys):
         (["arc_easy", "arc_easy"], "given twice"),
         (["arc_easy", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["arc_easy", "--top-p", "2"], "top_p must lie in (0, 1]; got 2.0"),
-        (["arc_easy", "--generate", "Hi", "--most", "127"], "'Hi' has 2 tokens and --most 127"),
+        (
+            ["arc_easy", "--generate", "Hi", "--max-new-tokens", "127"],
+            "'Hi' has 2 tokens and --max",
+        ),
         (["piqa"], "piqa/validation.jsonl does not exist"),
         (["arc_easy", "--adapters", "a=/nowhere"], "/nowhere"),
         (["arc_easy", "--compare", "zzz"], "zzz"),

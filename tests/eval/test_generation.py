@@ -25,7 +25,9 @@ def routed(config, random_lora):
 @pytest.mark.parametrize("kind", ["base", "lora", "routed"])
 def test_greedy_equals_whole_forwards(config, weights, hidden, random_lora, routed, kind):
     adapter = {"base": {}, "lora": random_lora(config), "routed": routed}[kind]
-    written = generate(config, weights, adapter, PROMPTS, stop=-1, sampling=Sampling(most=8))
+    written = generate(
+        config, weights, adapter, PROMPTS, stop=-1, sampling=Sampling(max_new_tokens=8)
+    )
     for prompt, found in zip(PROMPTS, written, strict=True):
         text = list(prompt)
         for _ in range(8):
@@ -35,7 +37,7 @@ def test_greedy_equals_whole_forwards(config, weights, hidden, random_lora, rout
 
 
 def test_a_sample_does_not_depend_on_its_batch(config, weights):
-    sampling = Sampling(most=8, temperature=1.0, top_p=0.9, top_k=50)
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, top_p=0.9, top_k=50)
 
     def drawn(**options):
         options = {"sampling": sampling} | options
@@ -46,12 +48,12 @@ def test_a_sample_does_not_depend_on_its_batch(config, weights):
 
 
 def test_prompts_of_like_length_share_a_batch():
-    planned = generation._by_length([[0] * n for n in (1, 30, 8, 12, 31, 5)], most=8, tokens=32)
+    planned = generation._by_length([[0] * n for n in (1, 30, 8, 12, 31, 5)], new=8, tokens=32)
     assert planned == [(8, [0, 2]), (8, [5]), (12, [3]), (32, [1]), (32, [4])]
 
 
 def test_a_reply_ends_at_stop(config, weights):
-    sampling = Sampling(most=8)
+    sampling = Sampling(max_new_tokens=8)
     whole = generate(config, weights, {}, PROMPTS, stop=-1, sampling=sampling)
     stop = whole[0][3]
     cut = generate(config, weights, {}, PROMPTS, stop=stop, sampling=sampling)
@@ -77,7 +79,7 @@ def test_choices_keep_to_top_k_and_top_p():
 @pytest.mark.parametrize(
     "options",
     [
-        {"most": 0},
+        {"max_new_tokens": 0},
         {"temperature": -1},
         {"temperature": float("nan")},
         {"top_p": 0},

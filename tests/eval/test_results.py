@@ -25,9 +25,9 @@ def answers():
 
 
 @pytest.fixture
-def surprise():
+def perplexity():
     nats = {"base": np.array([20.0, 10.0]), "module": np.array([10.0, 10.0])}
-    return results.Surprise("text", "nowhere.txt", nats, np.array([10, 5]))
+    return results.Perplexity("text", "nowhere.txt", nats, np.array([10, 5]))
 
 
 def test_accuracy_and_its_paired_difference(answers):
@@ -45,14 +45,14 @@ def test_accuracy_by_group(answers):
     }
 
 
-def test_nats_a_token_are_of_all_tokens(surprise):
-    base, module = results.lines(surprise)
+def test_nats_a_token_are_of_all_tokens(perplexity):
+    base, module = results.lines(perplexity)
     assert base.value.value == 2.0 and base.examples == 15
     assert module.difference.value == pytest.approx(-10 / 15)
 
 
-def test_the_document_holds_every_score(answers, surprise):
-    outcomes = [answers, surprise]
+def test_the_document_holds_every_score(answers, perplexity):
+    outcomes = [answers, perplexity]
     numbers = [line for outcome in outcomes for line in results.lines(outcome)]
     found = json.loads(json.dumps(results.document(outcomes, numbers, None, {"seed": 0})))
     example = found["tasks"][0]["examples"][5]
@@ -62,10 +62,10 @@ def test_the_document_holds_every_score(answers, surprise):
     assert found["provenance"] == {"seed": 0} and found["replies"] == {}
 
 
-def test_tables_and_chart_show_every_column(answers, surprise, tmp_path):
+def test_tables_and_chart_show_every_column(answers, perplexity, tmp_path):
     from rich.console import Console
 
-    numbers = [*results.lines(answers), *results.lines(surprise)]
+    numbers = [*results.lines(answers), *results.lines(perplexity)]
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report.table(numbers))
     console.print(report.group_table("t", results.by_group(answers)))
@@ -78,7 +78,7 @@ def test_tables_and_chart_show_every_column(answers, surprise, tmp_path):
 
 
 def test_a_perplexity_beyond_floats_is_null():
-    huge = results.Surprise("text", "nowhere.txt", {"base": np.array([1e4])}, np.array([10]))
+    huge = results.Perplexity("text", "nowhere.txt", {"base": np.array([1e4])}, np.array([10]))
     numbers = results.lines(huge)
     found = results.document([huge], numbers, None, {})
     assert json.loads(json.dumps(found, allow_nan=False))["tasks"][0]["perplexity"] == {

@@ -72,7 +72,7 @@ def test_every_module_outside_the_layers_is_trained(config, weights, outside, ra
     ones, at = jnp.ones((2, 6), jnp.int32), jnp.broadcast_to(jnp.arange(6), (2, 6))
     targets = jnp.roll(tokens, -1, axis=1)
     batch = Batch(tokens, ones, at, at, targets, jnp.ones((2, 6)))
-    slopes = jax.grad(lambda a: batch_loss(config, weights, a, batch))(outside)
+    gradients = jax.grad(lambda a: batch_loss(config, weights, a, batch))(outside)
 
     def plain(adapter):
         chances = jax.nn.log_softmax(logits(config, weights, adapter, tokens))
@@ -80,6 +80,6 @@ def test_every_module_outside_the_layers_is_trained(config, weights, outside, ra
 
     wanted = jax.grad(plain)(outside)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), slopes, wanted
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), gradients, wanted
     )
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(slopes))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients))

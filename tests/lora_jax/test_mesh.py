@@ -19,8 +19,8 @@ def run(a, w, x):
     def loss(a):
         states = models.forward(c, w, a, x).hidden
         return jnp.mean(states[:, -1] ** 2 + states[:, -1]), states
-    (_, states), slope = jax.value_and_grad(loss, has_aux=True)(a)
-    return states, slope
+    (_, states), gradient = jax.value_and_grad(loss, has_aux=True)(a)
+    return states, gradient
 one = run(a, w, x)
 for sizes in [(8, 1, 1), (2, 2, 2), (1, 2, 4)]:
     m = mesh.make_mesh(*sizes)

@@ -162,22 +162,22 @@ def test_gradients(tmp_path, config, weights, theirs, rows, kind, name, agree):
         chances = jax.nn.log_softmax(models.unembed(config, weights, {}, states))
         return -jnp.mean(jnp.take_along_axis(chances, rows[:, 1:, None], axis=-1))
 
-    value, slopes = jax.jit(jax.value_and_grad(loss))(adapter)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(adapter)
     labels = torch.tensor(rows).long()
     out = model(labels, labels=labels)
     out.loss.backward()
     agree(f"{kind} loss, {name}", value, out.loss.item(), 1e-5)
     found = {n.replace(".default", ""): p.grad for n, p in model.named_parameters()}
-    pairs = list(_paired(slopes, found))
+    pairs = list(_paired(gradients, found))
     assert len(pairs) == sum(gradient is not None for gradient in found.values())
     scaled = [[tensor.ravel() / np.abs(b).max() for tensor in (a, b)] for a, b in pairs]
     ours, torchs = (np.concatenate(side) for side in zip(*scaled, strict=True))
     agree(f"{kind} gradients, {name}, each over its tensor's largest", ours, torchs, 1e-4)
 
 
-def _paired(slopes, found):
+def _paired(gradients, found):
     """Our gradients and torch's, tensor by tensor, in PEFT's orientation."""
-    for path, module in slopes.items():
+    for path, module in gradients.items():
         for layer in range(len(jax.tree.leaves(module)[0])):
             stem = f"base_model.model.model.layers.{layer}.{path}"
             match module:

@@ -65,7 +65,7 @@ def test_greedy_text(smollm, torch_smollm, tokenizer, report):
         {},
         ids,
         stop=tokenizer.eos_token_id,
-        sampling=generation.Sampling(most=16),
+        sampling=generation.Sampling(max_new_tokens=16),
     )
     for prompt, reply, question in zip(ids, ours, questions, strict=True):
         with torch.no_grad():

@@ -8,7 +8,7 @@ from eval.results import Line
 from eval.statistics import Interval
 from lora_jax.bases import Base
 from scripts.demo import report, tasks
-from scripts.demo.stages import Routing, Sweep, Trained, Unlearning, Workshop, _exclaimed
+from scripts.demo.stages import Demo, Routing, Sweep, Trained, Unlearning, _exclaimed
 
 
 def words(question: str) -> set[str]:
@@ -77,9 +77,9 @@ def test_the_report_is_one_page_that_needs_nothing_and_escapes_what_the_model_wr
     points = [Unlearning("cheers", s, 0.5 + s / 2, 20.0, "<script>!") for s in (0.0, -1.0)]
     lines = {t: [line(t, c, 0.5) for c in ("base", "Arrow")] for t in ("mood", "kind")}
     shares = {t: np.full((3, 2), 0.5) for t in lines}
-    shop = Workshop(Base(None, {}, tmp_path / "smollm"), None, tmp_path, 0)
+    demo = Demo(Base(None, {}, tmp_path / "smollm"), None, tmp_path, 0)
     path = report.write(
-        shop,
+        demo,
         Trained({}, {"mood": record}),
         sweep,
         points,

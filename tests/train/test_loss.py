@@ -47,28 +47,28 @@ def test_bfloat16_stays_near_float32(problem):
     exact, pull_exact = jax.vjp(
         lambda h: plain(h, kernel.astype(jnp.float32), targets), hidden.astype(jnp.float32)
     )
-    slope, slope_exact = pull(cotangent)[0], pull_exact(cotangent)[0]
-    assert ours.dtype == jnp.float32 and slope.dtype == jnp.bfloat16
+    gradient, gradient_exact = pull(cotangent)[0], pull_exact(cotangent)[0]
+    assert ours.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours, exact, rtol=0.02, atol=0.1)
-    error = jnp.linalg.norm(slope.astype(jnp.float32) - slope_exact)
-    assert error < 0.02 * jnp.linalg.norm(slope_exact)
+    error = jnp.linalg.norm(gradient.astype(jnp.float32) - gradient_exact)
+    assert error < 0.02 * jnp.linalg.norm(gradient_exact)
 
 
 def test_maps_over_modules_under_jit(problem):
     hidden, kernel, targets, cotangent = problem(12)
     stack = jnp.stack([hidden, 2 * hidden, -hidden])
 
-    def slope(function, head):
+    def gradient(function, head):
         return jax.grad(lambda h: jnp.vdot(function(h, head, targets), cotangent))
 
-    ours = jax.jit(jax.vmap(slope(token_losses, Unembedding(kernel))))(stack)
-    np.testing.assert_allclose(ours, jax.vmap(slope(plain, kernel))(stack), rtol=1e-4, atol=1e-5)
+    ours = jax.jit(jax.vmap(gradient(token_losses, Unembedding(kernel))))(stack)
+    np.testing.assert_allclose(ours, jax.vmap(gradient(plain, kernel))(stack), rtol=1e-4, atol=1e-5)
 
 
 def test_the_unembedding_is_frozen(problem):
     hidden, kernel, targets, _ = problem(12)
-    slope = jax.grad(lambda k: token_losses(hidden, Unembedding(k), targets).sum())(kernel)
-    assert not np.any(slope)
+    gradient = jax.grad(lambda k: token_losses(hidden, Unembedding(k), targets).sum())(kernel)
+    assert not np.any(gradient)
 
 
 def test_a_trained_unembedding_gets_its_gradient_in_chunks(problem, monkeypatch):

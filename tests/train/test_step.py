@@ -135,12 +135,12 @@ def test_even_the_shortest_run_moves_at_every_step(config_of, steps, warmup):
 
 
 def test_clipping_bounds_the_gradient(config_of):
-    slope = {"x": jnp.array([3.0, 4.0])}
+    gradient = {"x": jnp.array([3.0, 4.0])}
     settings = {"optimizer_beta1": 0.0, "optimizer_eps": 1e3, "learning_rate": 1.0, "warmup": 0.0}
 
     def update(clip):  # with so large an eps AdamW moves in proportion to the gradient
         optimizer = make_optimizer(config_of(clip=clip, **settings), 10)
-        return optimizer.update(slope, optimizer.init(slope), slope)[0]["x"]
+        return optimizer.update(gradient, optimizer.init(gradient), gradient)[0]["x"]
 
     np.testing.assert_allclose(update(1.0), update(0.0) / 5, rtol=2e-2)
     np.testing.assert_allclose(update(10.0), update(0.0), rtol=1e-6)
