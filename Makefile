@@ -24,13 +24,15 @@ parity: .venv/ready-parity
 bench: .venv/ready-parity
 	$(BIN)/python -m scripts.benchmark_training
 	$(BIN)/python -m scripts.benchmark_arrow
+	$(BIN)/python -m scripts.benchmark_compile
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
 .venv/ready: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) "."
+	@echo "installing the packages into .venv: a few minutes the first time"
+	@$(INSTALL) "."
 	touch $@
 
 .venv/ready-test: .venv/ready
@@ -38,7 +40,7 @@ bench: .venv/ready-parity
 	touch $@
 
 .venv/ready-parity: .venv/ready-test
-	$(INSTALL) ".[test,parity]"
+	$(INSTALL) ".[test,parity,harness]"
 	touch $@
 
 clean:

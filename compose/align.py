@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, Adapter, Experts, LoRA, Module
+from lora_jax.modules import IA3, Adapter, DoRA, Experts, LoRA, Module, Saved
 
 
 def by_projection(adapters: Sequence[Adapter]) -> dict[str, list[Module | None]]:
@@ -28,13 +28,20 @@ def by_projection(adapters: Sequence[Adapter]) -> dict[str, list[Module | None]]
 def _form(module: Module) -> str:
     """What must agree before modules can be combined, in words."""
     match module:
-        case LoRA(a=a, b=b):
-            return f"LoRA ({_layers(a.shape[:-2])}, {a.shape[-2]} to {b.shape[-1]})"
+        case LoRA(a=a, b=b, bias=bias):
+            kind = "LoRA" if bias is None else "LoRA with a bias"
+            return f"{kind} ({_layers(a.shape[:-2])}, {a.shape[-2]} to {b.shape[-1]})"
+        case DoRA(a=a, b=b):
+            settings = f"rank {a.shape[-1]}, scale {module.scale:g}"
+            size = f"{a.shape[-2]} to {b.shape[-1]}"
+            return f"DoRA ({_layers(a.shape[:-2])}, {size}, {settings})"
         case IA3(offset=offset, on=on):
             return f"IA3 ({_layers(offset.shape[:-1])}, {offset.shape[-1]} on its {on})"
         case Experts(a=a, b=b):
             settings = f"top_k {module.top_k}, temperature {module.temperature}, {module.mixing}"
             return f"routed experts ({a.shape} to {b.shape}, {settings})"
+        case Saved(value=value):
+            return f"a whole weight ({' x '.join(map(str, value.shape))})"
     raise TypeError(f"{type(module).__name__} is not a module")
 
 
@@ -43,8 +50,10 @@ def _layers(axes: tuple[int, ...]) -> str:
 
 
 def fold_scale(module: LoRA) -> LoRA:
-    """The same delta with `scale` moved into `b`."""
-    return LoRA(module.a, (module.scale * module.b).astype(module.b.dtype))
+    """The same delta with `scale` moved into `b` and `bias`."""
+    b = (module.scale * module.b).astype(module.b.dtype)
+    bias = None if module.bias is None else module.scale * module.bias
+    return LoRA(module.a, b, bias=bias)
 
 
 def common_scale(modules: Sequence[LoRA]) -> list[LoRA]:
@@ -61,7 +70,7 @@ def pad_rank(module: LoRA, rank: int) -> LoRA:
     lead = [(0, 0)] * (module.a.ndim - 2)
     a = jnp.pad(module.a, [*lead, (0, 0), (0, more)])
     b = jnp.pad(module.b, [*lead, (0, more), (0, 0)])
-    return LoRA(a, b, module.scale)
+    return LoRA(a, b, module.scale, module.bias)
 
 
 def common_rank(modules: Sequence[LoRA]) -> list[LoRA]:

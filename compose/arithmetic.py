@@ -2,18 +2,23 @@
 
 Zhang et al., "Composing Parameter-Efficient Modules with Arithmetic Operations" (PEM). A missing
 projection is the zero module, and an empty adapter is zero everywhere. IA3 is stored as an offset
-from one, so its sums are sums of offsets, in either space alike. Weights may be traced.
+from one, so its sums are sums of offsets, in either space alike. So are those of weights that
+modules keep whole, such as a classifier's head: what counts is how far each is from the base's, so
+that weights that add up to one average them, and any others leave the base's a share. Weights may
+be traced.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from compose.align import by_projection, common_rank, common_scale
 from compose.lowrank import concat
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, Adapter, LoRA, Module
+from lora_jax.modules import IA3, Adapter, DoRA, LoRA, Module, Saved
 
 Space = Literal["delta", "factor"]
 Weight = float | jax.Array
@@ -68,11 +73,24 @@ def _sum(adapters: Sequence[Adapter], weights: Weights, add: Add) -> Adapter:
     """A weighted sum, projection by projection; `add` joins the LoRA modules of one."""
     if len(adapters) != len(weights):
         raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
+    for path, module in (pair for adapter in adapters for pair in adapter.items()):
+        _refuse_sum(path, module)
     result = {}
     for path, modules in by_projection(adapters).items():
         present = [(m, w) for m, w in zip(modules, weights, strict=True) if m is not None]
         result[path] = _add(path, [m for m, _ in present], [w for _, w in present], add)
     return result
+
+
+def _refuse_sum(path: str, module: Module) -> None:
+    """Refuses what no sum of LoRA modules can hold."""
+    if isinstance(module, DoRA):
+        raise InputError(
+            f"{path}: what a DoRA adds depends on the base's columns and has no low-rank form; "
+            f"merge it into the base (--merged), or combine plain LoRA"
+        )
+    if isinstance(module, LoRA) and module.bias is not None:
+        raise InputError(f"{path}: a LoRA with a lora_bias cannot be combined; merge it (--merged)")
 
 
 def _add(path: str, modules: list[Module], weights: list[Weight], add: Add) -> Module:
@@ -81,7 +99,17 @@ def _add(path: str, modules: list[Module], weights: list[Weight], add: Add) -> M
         return add(loras, weights)
     if scalings := [module for module in modules if isinstance(module, IA3)]:
         return IA3(_total(weights, [module.offset for module in scalings]), scalings[0].on)
+    if whole := [module for module in modules if isinstance(module, Saved)]:
+        return _whole(whole, weights)
     raise InputError(f"{path}: routed experts cannot be summed; combine the library's modules")
+
+
+def _whole(modules: list[Saved], weights: list[Weight]) -> Saved:
+    """The sum of whole weights; a share that is known to be 1, up to rounding, is left unsaid."""
+    value = _total(weights, [module.value for module in modules])
+    share = _total(weights, [jnp.ones(()) if m.share is None else m.share for m in modules])
+    known = not isinstance(share, jax.core.Tracer)
+    return Saved(value) if known and np.allclose(share, 1, atol=1e-6) else Saved(value, share)
 
 
 def _total(weights: list[Weight], tensors: list[jax.Array]) -> jax.Array:

@@ -47,23 +47,46 @@ def refuse_routing(routing: Routing, count: int) -> None:
         raise InputError(f"unknown mixing {routing.mixing!r}; choose {' or '.join(MIXINGS)}")
 
 
+def routing_for(library: Library, top_k: int | None, temperature: float, mixing: str) -> Routing:
+    """Arrow's settings for a library of LoRA modules, checked; `top_k` is at most 3 unless given.
+
+    One module or two are all taken then.
+    """
+    _refuse_other_kinds(library)
+    count = len(library.names)
+    routing = Routing(min(3, count) if top_k is None else top_k, temperature, mixing)
+    refuse_routing(routing, count)
+    return routing
+
+
+def _refuse_other_kinds(library: Library) -> None:
+    """Refuses a library that holds anything but LoRA modules, naming what it holds and where."""
+    held = [(path, _kind(m)) for adapter in library.adapters for path, m in adapter.items()]
+    if other := [path for path, kind in held if kind != "LoRA"]:
+        kinds = " and ".join(sorted({kind for _, kind in held}))
+        raise InputError(f"{other[0]}: Arrow routes LoRA modules; this library holds {kinds}")
+
+
+def _kind(module: Module) -> str:
+    biased = isinstance(module, LoRA) and module.bias is not None
+    return type(module).__name__ + " with a lora_bias" * biased
+
+
 def route_library(
-    library: Library, *, top_k: int = 3, temperature: float = 1.0, mixing: str = "outputs"
+    library: Library, *, top_k: int | None = None, temperature: float = 1.0, mixing: str = "outputs"
 ) -> dict[str, Experts]:
     """One adapter that routes each token, at each projection, over the library's modules.
 
-    Leaves are (N, M, ...). `mixing` is "outputs" (PEFT) or "factors" (MTTL, GenKnowSub's code).
+    Leaves are (N, M, ...). `mixing` is "outputs" (PEFT) or "factors" (MTTL, GenKnowSub's code);
+    `top_k` is 3 unless given, or all of fewer modules.
     """
-    refuse_routing(Routing(top_k, temperature, mixing), len(library.names))
+    settings = dataclasses.asdict(routing_for(library, top_k, temperature, mixing))
 
-    def experts(path: str, module: Module) -> Experts:
-        if not isinstance(module, LoRA):
-            kind = type(module).__name__
-            raise InputError(f"{path}: Arrow routes LoRA modules; this library holds {kind}")
-        a, b = (jnp.swapaxes(x, 0, 1) for x in (module.a, fold_scale(module).b))
-        return Experts(a, b, prototypes(a, b), top_k, temperature, mixing)
+    def experts(module: Any) -> Experts:
+        a, b = (jnp.moveaxis(x, 0, -3) for x in (module.a, fold_scale(module).b))
+        return Experts(a, b, prototypes(a, b), **settings)
 
-    return {path: experts(path, module) for path, module in stack(library.adapters).items()}
+    return {path: experts(module) for path, module in stack(library.adapters).items()}
 
 
 def applied(value: Adapter | Library) -> Adapter:

@@ -25,7 +25,7 @@ class Command:
     """What to compose."""
 
     inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="NAME=FOLDER ...")]
-    """For every name in the expression: an adapter's folder, or a library's."""
+    """For every name in the expression: an adapter's folder or a library's, or hf://USER/REPO."""
 
     out: Path
     """The folder to write."""
@@ -39,13 +39,21 @@ class Command:
     base: str | None = None
     """The base model, for its shapes; by default the one that the inputs name."""
 
+    merged: bool = False
+    """Write the whole base model with the result merged into it, as transformers loads it."""
+
     overwrite: bool = False
     """Replace the output folder if it exists."""
 
 
 def main() -> None:
     """The command: composes, prints a summary, and leaves with status 2 on bad input."""
-    command = tyro.cli(Command, prog="lora-compose", args=[_shielded(a) for a in sys.argv[1:]])
+    command = tyro.cli(
+        Command,
+        prog="lora-compose",
+        args=[_shielded(a) for a in sys.argv[1:]],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     try:
         from compose.command import run
 

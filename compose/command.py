@@ -12,13 +12,15 @@ from compose.expression import refuse_rank, resolve
 from compose.folder import save_library
 from compose.functions import Value
 from compose.geometry import recompress_members
-from compose.inputs import base_name, load_input, named_folders
+from compose.inputs import base_name, load_input, located, named_folders
 from compose.library import Library
 from compose.syntax import names, refuse_unknown
-from lora_jax import bases, models, peft
+from lora_jax import bases, export, models, peft
 from lora_jax.errors import InputError
 from lora_jax.files import refuse_existing
+from lora_jax.progress import say
 from lora_jax.runtime import prepare
+from lora_jax.wheels import published
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -53,7 +55,7 @@ def _used(command: Command) -> dict[str, Path]:
     if command.rank is not None:
         refuse_rank(command.space, command.rank)
     wanted = names(command.expression)
-    return {name: folder for name, folder in folders.items() if name in wanted}
+    return {name: located(folder) for name, folder in folders.items() if name in wanted}
 
 
 def _base(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.Config]:
@@ -74,11 +76,16 @@ def _base(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.C
 
 
 def _save(command: Command, result: Value, config: models.Config, base: str, extra: dict) -> None:
-    out, over = command.out, command.overwrite
+    out, over, name = command.out, command.overwrite, published(base)
     if isinstance(result, Library):
-        save_library(out, result, config, base_name=base, extra=extra, overwrite=over)
+        if command.merged:
+            raise InputError("--merged takes one module, not a library; write mean() of it")
+        save_library(out, result, config, base_name=name, extra=extra, overwrite=over)
+    elif command.merged:
+        say(f"merging into the base model {base}")
+        export.save_merged(out, base, result, extra=extra, overwrite=over)
     else:
-        peft.save_adapter(out, result, config, base_name=base, extra=extra, overwrite=over)
+        peft.save_adapter(out, result, config, base_name=name, extra=extra, overwrite=over)
 
 
 def _print(inputs: Mapping[str, Value], result: Value, errors: provenance.Errors) -> None:

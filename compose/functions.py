@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from compose import arithmetic
 from compose.arithmetic import Space
-from compose.arrow import refuse_routing
+from compose.arrow import routing_for
 from compose.genknowsub import without
-from compose.library import Library, Routing, each, join
+from compose.library import Library, each, join
 from lora_jax.modules import Adapter
 
 Value = Adapter | Library
@@ -47,16 +47,14 @@ def library(*modules: Library, space: Space) -> Library:
 
 def arrow(
     *modules: Library,
-    top_k: int = 3,
+    top_k: int | None = None,
     temperature: float = 1.0,
     mixing: str = "outputs",
     space: Space,
 ) -> Library:
     """The modules as one library that is routed by Arrow when it is used."""
-    routing = Routing(top_k, temperature, mixing)
     whole = join(modules)
-    refuse_routing(routing, len(whole.names))
-    return replace(whole, routing=routing)
+    return replace(whole, routing=routing_for(whole, top_k, temperature, mixing))
 
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {

@@ -9,13 +9,16 @@ from compose import lowrank
 from compose.align import by_projection
 from compose.library import Library
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, Adapter, LoRA, Module
+from lora_jax.modules import IA3, Adapter, DoRA, LoRA, Module, Saved
 
 Array = jax.Array
 
 
 def norm(adapter: Adapter) -> Array:
-    """The Frobenius norm () of everything a module adds: LoRA's deltas and IA3's offsets."""
+    """The Frobenius norm () of everything a module adds: LoRA's deltas and IA3's offsets.
+
+    Weights kept whole are left out, here and below: how far they are from the base's it alone says.
+    """
     squares = [jnp.sum(_size(path, module) ** 2) for path, module in adapter.items()]
     return jnp.sqrt(sum(squares, jnp.zeros(())))
 
@@ -27,6 +30,10 @@ def _size(path: str, module: Module) -> Array:
             return lowrank.norm(module)
         case IA3(offset=offset):
             return jnp.linalg.norm(offset, axis=-1)
+        case Saved():
+            return jnp.zeros(())
+        case DoRA():
+            raise InputError(f"{path}: what a DoRA adds depends on the base; it has no norm alone")
     raise InputError(f"{path}: routed experts have no single delta; measure the library's modules")
 
 
@@ -43,8 +50,10 @@ def _inner(x: Module | None, y: Module | None) -> Array:
             return lowrank.inner(x, y)
         case IA3(), IA3():
             return jnp.sum(x.offset * y.offset, axis=-1)
-        case (None, _) | (_, None):
+        case (None, _) | (_, None) | (Saved(), Saved()):
             return jnp.zeros(())
+    if isinstance(x, DoRA):
+        raise InputError("what a DoRA adds depends on the base; it has no inner product")
     raise InputError("routed experts have no inner product; measure the library's modules")
 
 

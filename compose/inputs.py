@@ -1,4 +1,4 @@
-"""What a user points at: a PEFT adapter folder, or a folder that is a library of them."""
+"""What a user points at: a PEFT adapter folder, or a library of them, here or on the hub."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -6,15 +6,20 @@ from pathlib import Path
 from compose.folder import INDEX, load_library
 from compose.library import Library
 from compose.syntax import NAME
-from lora_jax import models, peft
+from lora_jax import hub, models, peft
 from lora_jax.errors import InputError
 from lora_jax.files import read_json
 from lora_jax.modules import Adapter
+from lora_jax.wheels import packaged
+
+# What is fetched of an adapter or a library on the hub, and of a library's modules.
+_WANTED = (INDEX, peft.CONFIG, peft.WEIGHTS, "adapter_model.bin")
+_MEMBERS = tuple(f"*/{name}" for name in _WANTED[1:])
 
 
-def named_folders(given: Sequence[str], taken: Collection[str] = ()) -> dict[str, Path]:
-    """The folders of `NAME=FOLDER` arguments, by name; none of the names in `taken`."""
-    folders: dict[str, Path] = {}
+def named_folders(given: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """The folders of `NAME=FOLDER` arguments as written, by name; none of the names in `taken`."""
+    folders: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or not folder or not NAME.fullmatch(name):
@@ -23,8 +28,16 @@ def named_folders(given: Sequence[str], taken: Collection[str] = ()) -> dict[str
             )
         if name in folders or name in taken:
             raise InputError(f"{text!r}: the name {name!r} is taken; choose another")
-        folders[name] = Path(folder).expanduser()
+        folders[name] = folder
     return folders
+
+
+def located(folder: str | Path) -> Path:
+    """The folder of an adapter or a library, given as a path or as an address on the hub."""
+    found = hub.local(folder, _WANTED)
+    if hub.is_address(folder) and (found / INDEX).exists():
+        return hub.fetch(str(folder), _WANTED + _MEMBERS)
+    return found
 
 
 def load_input(path: Path, config: models.Config) -> Adapter | Library:
@@ -37,12 +50,16 @@ def load_input(path: Path, config: models.Config) -> Adapter | Library:
 
 
 def base_name(path: Path) -> str:
-    """The base model that the adapter or library in a folder says it belongs to, or ""."""
+    """The base model that the adapter or library in a folder says it belongs to, or "".
+
+    A base that is packaged has the name by which `bases.load_base` knows it.
+    """
     index = read_json(path / (INDEX if _is_library(path) else peft.CONFIG))
-    return str(index.get("base_model_name_or_path") or "")
+    return packaged(str(index.get("base_model_name_or_path") or ""))
 
 
 def _is_library(path: Path) -> bool:
+    """Whether a folder is a library or an adapter; any other is refused."""
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give an adapter's or a library's")
     if not (path / INDEX).exists() and not (path / peft.CONFIG).exists():

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from lark import Token, Tree
@@ -132,6 +133,7 @@ def _call(parts: Parts, scope: Scope) -> Value:
     positional = [n for n in arguments if n.data != "keyword"]
     shown = {p: v for p, v in inspect.signature(FUNCTIONS[name]).parameters.items() if p != "space"}
     signature = inspect.Signature(list(shown.values()))
+    _refuse_unknown_keywords(arguments, name, list(shown), scope)
     try:
         bound = signature.bind(*positional, **keywords)
     except TypeError as error:
@@ -139,6 +141,15 @@ def _call(parts: Parts, scope: Scope) -> Value:
     for key, given in bound.arguments.items():
         bound.arguments[key] = _argument(shown[key], given, scope)
     return FUNCTIONS[name](*bound.args, **bound.kwargs, space=scope.space)
+
+
+def _refuse_unknown_keywords(arguments: Parts, name: str, known: list[str], scope: Scope) -> None:
+    """Refuses a keyword that the function `name` lacks, with the one that was probably meant."""
+    for node in (n for n in arguments if n.data == "keyword" and n.children[0] not in known):
+        keyword = node.children[0]
+        close = get_close_matches(keyword, known, 1)
+        remedy = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+        raise scope.error(keyword, f"{name}() has no {str(keyword)!r}; {remedy}")
 
 
 def _usage(name: str, signature: inspect.Signature) -> str:
@@ -155,11 +166,13 @@ def _argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> Any:
         if isinstance(given, Tree):
             raise scope.error(given, f"{parameter.name} is a word, such as {parameter.default}")
         return str(given)
-    if parameter.annotation in (int, float):
+    if parameter.annotation is float:
+        return _number(given, scope)
+    if parameter.annotation == int | None:
         value = _number(given, scope)
-        if parameter.annotation is int and value != int(value):
+        if value != int(value):
             raise scope.error(given, f"{parameter.name} must be a whole number; got {value:g}")
-        return parameter.annotation(value)
+        return int(value)
     if isinstance(given, Token):
         raise scope.error(given, f"{parameter.name} is a module: give it by position")
     return module_of(given, scope)

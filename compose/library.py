@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import struct
 
 from compose.align import by_projection, common_rank, common_scale
 from lora_jax.errors import InputError
-from lora_jax.modules import Adapter, LoRA, Module
+from lora_jax.modules import Adapter, LoRA, Module, Saved
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,20 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 def _stack_modules(modules: list[Module | None]) -> Module:
     """One projection's modules along a new axis in front; a missing one is zeros."""
     loras = [module for module in modules if isinstance(module, LoRA)]
-    others = [module for module in modules if not isinstance(module, LoRA | None)]
-    present = common_rank(common_scale(loras)) if loras else others
+    others: list[Any] = [module for module in modules if not isinstance(module, LoRA | None)]
+    present: list[Any] = _shares_said(others, len(modules))
+    present = common_rank(common_scale(loras)) if loras else present
     zero, ready = jax.tree.map(jnp.zeros_like, present[0]), iter(present)
     filled = [zero if module is None else next(ready) for module in modules]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
+
+
+def _shares_said(modules: list[Module], wanted: int) -> list[Module]:
+    """The same modules; where one of the `wanted` lacks a whole weight, all say their share."""
+    whole = [module for module in modules if isinstance(module, Saved)]
+    if not whole or (len(whole) == wanted and all(module.share is None for module in whole)):
+        return modules
+    return [Saved(m.value, jnp.ones(()) if m.share is None else m.share) for m in whole]
 
 
 def unstack(stacked: Adapter) -> list[Adapter]:

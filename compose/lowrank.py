@@ -1,12 +1,13 @@
 """The algebra of low-rank deltas scale·a·b, from their factors: no (I, O) matrix is ever formed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compose.align import common_scale
+from compose.align import common_scale, fold_scale
 from lora_jax.errors import InputError
 from lora_jax.modules import LoRA
 
@@ -54,7 +55,8 @@ def recompress(module: LoRA, rank: int) -> tuple[LoRA, Array]:
     a, b = u[..., :rank], s[..., :rank, None] * vt[..., :rank, :]
     whole = jnp.linalg.norm(s, axis=-1)
     error = jnp.linalg.norm(s[..., rank:], axis=-1) / jnp.where(whole > 0, whole, 1)
-    return LoRA(a.astype(module.a.dtype), b.astype(module.b.dtype)), error
+    kept = fold_scale(module)
+    return replace(kept, a=a.astype(module.a.dtype), b=b.astype(module.b.dtype)), error
 
 
 # Each is compiled once a shape; scales stay outside, for they are static and would recompile it.

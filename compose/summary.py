@@ -35,13 +35,21 @@ def sizes(
     table.add_column("norm", justify="right")
     table.add_column("lost to rank", justify="right")
     for name, adapter in _all_members(inputs):
-        table.add_row(name, describe(adapter), f"{float(norm(adapter)):.4g}", "")
+        table.add_row(name, describe(adapter), _norm(adapter), "")
     table.add_section()
     lost = [_lost(by_path) for by_path in errors.values()]
     rows = members("result", result)
     for (name, adapter), loss in zip(rows, lost or [""] * len(rows), strict=True):
-        table.add_row(name, describe(adapter), f"{float(norm(adapter)):.4g}", loss)
+        table.add_row(name, describe(adapter), _norm(adapter), loss)
     return table
+
+
+def _norm(adapter: Adapter) -> str:
+    """The norm of what a module adds, in digits."""
+    try:
+        return f"{float(norm(adapter)):.4g}"
+    except InputError:  # DoRA: that depends on the base
+        return "-"
 
 
 def _all_members(inputs: Mapping[str, Adapter | Library]) -> list[Named]:

@@ -10,6 +10,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput
 from lora_jax.errors import InputError
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+_NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 GRAMMAR = rf"""
     ?sum: product ((PLUS | MINUS) product)*
     ?product: unary ((TIMES | OVER) unary)*
@@ -28,7 +29,7 @@ GRAMMAR = rf"""
     MINUS: "-"
     TIMES: "*"
     OVER: "/"
-    NUMBER: /(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?/
+    NUMBER: /{_NUMBER}/
     NAME: /{NAME.pattern}/
     %import common.WS
     %ignore WS
@@ -51,12 +52,21 @@ def parse(text: str) -> Tree:
     try:
         return _parser().parse(text)
     except UnexpectedCharacters as error:
-        raise pointed(text, error.pos_in_stream, f"unexpected {error.char!r}") from None
+        raise _unexpected(text, error.pos_in_stream, error.char) from None
     except UnexpectedInput as error:
         token = getattr(error, "token", None)
         if not token:
             raise pointed(text, len(text.rstrip()), "the expression ends too early") from None
-        raise pointed(text, token.start_pos, f"unexpected {str(token)!r}") from None
+        raise _unexpected(text, token.start_pos, str(token)) from None
+
+
+def _unexpected(text: str, place: int | None, found: str) -> ExpressionError:
+    """An error at what does not belong there; of a number before a name it says what to write."""
+    place = place or 0
+    number = re.search(rf"{_NUMBER}\s*$", text[:place])
+    name = NAME.match(text, place)
+    remedy = f"; write {number[0].strip()}*{name[0]}" if number and name else ""
+    return pointed(text, place, f"unexpected {found!r}{remedy}")
 
 
 def names(text: str) -> set[str]:

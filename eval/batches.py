@@ -69,14 +69,15 @@ def _batch(items: Sequence[Item], rows: int, size: np.ndarray) -> Batch:
     time, choices, rest, shared = map(int, size)
     prefix, prefix_counted = _blank(rows, time)
     own, counted = _blank(rows, choices, rest)
-    length, divisor = np.zeros(rows, np.int32), np.ones((rows, choices), np.float32)
+    segments, divisor = np.zeros((rows, time), np.int32), np.ones((rows, choices), np.float32)
     for row, item in enumerate(items):
-        start, length[row] = time - len(item.prefix), len(item.prefix)
+        start = time - len(item.prefix)
+        segments[row, start:] = -1 if item.owners is None else item.owners
         _write(prefix[row, start:], prefix_counted[row, start:], item.prefix)
         for choice, span in enumerate(item.rest):
             _write(own[row, choice], counted[row, choice], span)
         divisor[row, : len(item.rest)] = item.divisors
-    return Batch(prefix, length, prefix_counted, own, counted, divisor, shared)
+    return Batch(prefix, segments, prefix_counted, own, counted, divisor, shared)
 
 
 def _blank(*shape: int) -> tuple[np.ndarray, np.ndarray]:

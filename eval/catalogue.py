@@ -6,7 +6,8 @@ the hub's split is the same one.
 """
 
 from eval import hub
-from eval.tasks import Corpus, Form, Hub, Task
+from eval.tasks import Classification, Corpus, Form, Hub, Measured, Task
+from lora_jax import labelled
 
 _QUESTION = Form("Question: {question}\nAnswer:")
 _PLAIN = {
@@ -62,6 +63,15 @@ def _winogrande(name: str, plain: Form) -> Task:
     return Task(name, "winogrande/validation.jsonl", plain, _CONTENT, _WINOGRANDE)
 
 
+def _glue(
+    name: str, labels: tuple[str, ...], text: str, second: str = "", split: str = "validation"
+) -> Classification:
+    source = Hub("nyu-mll/glue", (name,), split)
+    file = f"glue/{name}/{split}.jsonl"
+    return Classification(f"glue_{name}", file, labels, labelled.Form(text, second), source)
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
 _ALL = [
     Task(
         name="boolq",
@@ -117,6 +127,13 @@ _ALL = [
         for name in ("m_arc", "m_hellaswag", "m_mmlu")
         for language in ("de", "fr")
     ),
+    _glue("cola", ("unacceptable", "acceptable"), "{sentence}"),
+    _glue("sst2", ("negative", "positive"), "{sentence}"),
+    _glue("mrpc", ("not_equivalent", "equivalent"), "{sentence1}", "{sentence2}"),
+    _glue("qqp", ("not_duplicate", "duplicate"), "{question1}", "{question2}"),
+    _glue("mnli", _NLI, "{premise}", "{hypothesis}", "validation_matched"),
+    _glue("qnli", _ENTAILMENT, "{question}", "{sentence}"),
+    _glue("rte", _ENTAILMENT, "{sentence1}", "{sentence2}"),
     Corpus(
         name="wikitext",
         file="wikitext2/test.txt",
@@ -124,4 +141,4 @@ _ALL = [
     ),
 ]
 
-TASKS: dict[str, Task | Corpus] = {task.name: task for task in _ALL}
+TASKS: dict[str, Measured] = {task.name: task for task in _ALL}

@@ -10,7 +10,7 @@ import numpy as np
 
 from compose.library import stack
 from eval.devices import Run
-from lora_jax.modules import Adapter
+from lora_jax.modules import Adapter, Saved
 from lora_jax.progress import bar
 
 Batches = Sequence[tuple[np.ndarray, Any]]  # the items' indices, and the batch that holds them
@@ -43,10 +43,14 @@ def stacks(adapters: Sequence[Adapter]) -> list[Stack]:
 
 
 def _kind(adapter: Adapter) -> Any:
-    """What decides whether modules stack; routed or mixed ones must agree in their structure."""
-    names = {type(module).__name__ for module in adapter.values()}
+    """What decides whether modules stack; routed or mixed ones must agree in their structure.
+
+    Those that keep the same weights whole stack; none is copied for the sake of another column.
+    """
+    whole = {path for path, module in adapter.items() if isinstance(module, Saved)}
+    names = {type(module).__name__ for path, module in adapter.items() if path not in whole}
     if names in (set(), {"LoRA"}, {"IA3"}):
-        return names.pop() if names else "base"
+        return " ".join([*names, *sorted(whole)]) or "base"
     leaves, structure = jax.tree.flatten(dict(adapter))
     return structure, tuple(leaf.shape for leaf in leaves)
 

@@ -15,27 +15,30 @@ class Evaluation:
 
     Tasks: boolq, piqa, hellaswag, swag, arc_easy, arc_challenge, openbookqa, winogrande,
     winogrande_partial, bbh, xnli_{en,de,fr}, m_arc_{de,fr}, m_hellaswag_{de,fr}, m_mmlu_{de,fr},
-    and wikitext (perplexity).
+    wikitext (perplexity), and of classifiers glue_{cola,sst2,mrpc,qqp,mnli,qnli,rte}.
     """
 
     tasks: Annotated[Positional[tuple[str, ...]], arg(metavar="TASK ...")] = ()
     """Built-in tasks to measure."""
     base: str = "smollm2-135m"
-    """The base model: a known name, a folder, a GGUF file or a hub id."""
+    """The base model: a known name, a folder, a GGUF file or hf://USER/REPO."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the base's projections in few bits: QLoRA's NF4, or 8."""
     adapters: Annotated[tuple[str, ...], arg(metavar="NAME=FOLDER ...")] = ()
-    """Adapters and libraries, each with a name."""
+    """Adapters and libraries, each with a name: folders, or hf://USER/REPO[/FOLDER]."""
     compare: Annotated[tuple[str, ...], arg(metavar="[LABEL=]EXPRESSION ...")] = ()
     """The columns: expressions over the names and `base`. By default, base and every adapter."""
     out: Path = Path("results/eval")
     """The folder for results.json and accuracy.png."""
     overwrite: bool = False
     """Replace the output folder if it exists."""
-    data_root: Path | None = None
-    """Where the tasks' files are, as TASK/FILE.jsonl; without it, rows come from the hub."""
+    data_root: str | None = None
+    """Where the tasks' files are, as TASK/FILE.jsonl; by default they come from the hub."""
     task_file: tuple[Path, ...] = ()
-    """Tasks of your own, in JSON: rows, prompt, choices (and answer, label, group, name)."""
-    text: tuple[Path, ...] = ()
-    """Texts of your own to measure perplexity on."""
+    """Tasks of your own, in JSON: rows, prompt, choices (and answer, label, group, name), or kind
+    "classification" and rows (and labels, prompt, second, label, group, name)."""
+    text: tuple[str, ...] = ()
+    """Texts of your own to measure perplexity on: files, or hf://datasets/USER/REPO/FILE."""
     generate: tuple[str, ...] = ()
     """Prompts that every column replies to."""
     score: Literal["answer_mean", "text_mean", "sum", "char"] = "answer_mean"

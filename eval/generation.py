@@ -1,23 +1,29 @@
 """Text from a model: greedy or sampled, in batches, over the key-value cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from rich.markup import escape
 
 from lora_jax import models
 from lora_jax.errors import refuse_all
 from lora_jax.lengths import bucket
 from lora_jax.modules import Adapter
-from lora_jax.parts import Cache
+from lora_jax.parts import Cache, Memory
+from lora_jax.progress import bar
 
 Array = jax.Array
+Ended = Callable[[int, list[int]], bool]  # a prompt's index and the reply so far; see `generate`
+
+_STRIDE = 16  # tokens between two looks at what was written
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ class _State:
     step: Array  # (), tokens written
     token: Array  # (B,), the newest
     done: Array  # (B,), rows that have ended
-    written: Array  # (B, max_new_tokens)
+    written: Array  # (B, max_new_tokens), filled with `stop`
+    keys: Array  # (B,), which make a row's draws its own, whatever batch it is in
     cache: Cache | None
+    memory: Memory | None
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "stop"))
-def continuations(
+def _begin(
     config: models.Config,
     weights: Any,
     adapter: Adapter,
@@ -63,48 +71,79 @@ def continuations(
     *,
     sampling: Sampling,
     stop: int,
-) -> Array:
-    """The tokens (B, max_new_tokens) that follow prompts (B, T) of `length` (B,), padded right.
+) -> _State:
+    """The state after the first token that follows prompts (B, T) of `length` (B,), padded right.
 
-    A row ends with `stop` and is filled with it; all stop when every row has. `keys` (B,) make a
-    row's draws its own, whatever batch it is in.
+    A row ends with `stop`.
     """
-    hidden, cache = _prefill(config, weights, adapter, tokens, length, sampling.max_new_tokens)
+    new = sampling.max_new_tokens
+    hidden, cache, memory = _prefill(config, weights, adapter, tokens, length, new)
+    none = jnp.full((len(tokens), new), stop, jnp.int32)
+    state = _State(jnp.array(0), none[:, 0], length == 0, none, keys, cache, memory)
+    return _extended(state, hidden, config, weights, adapter, sampling, stop)
 
-    def choose(hidden: Array, step: Array) -> Array:
-        """Each row's next token (B,), drawn with its own key for this step."""
-        logits = models.unembed(config, weights, adapter, hidden[:, 0]).astype(jnp.float32)
-        return _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
+
+@partial(jax.jit, static_argnames=("config", "sampling", "stop"))
+def _advance(
+    config: models.Config,
+    weights: Any,
+    adapter: Adapter,
+    state: _State,
+    until: int | Array,
+    *,
+    sampling: Sampling,
+    stop: int,
+) -> _State:
+    """The state with `until` tokens a row, or fewer if every row has ended."""
 
     def step(state: _State) -> _State:
         """The state with one more token a row."""
-        out = models.forward(config, weights, adapter, state.token[:, None], cache=state.cache)
+        caches = {"cache": state.cache, "memory": state.memory}
+        out = models.forward(config, weights, adapter, state.token[:, None], **caches)
         state = replace(state, cache=out.cache)
-        return _written(state, choose(out.hidden, state.step), stop)
+        return _extended(state, out.hidden, config, weights, adapter, sampling, stop)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < sampling.max_new_tokens) & ~state.done.all()
+        return (state.step < until) & ~state.done.all()
 
-    none = jnp.full((len(tokens), sampling.max_new_tokens), stop, jnp.int32)
-    state = _State(jnp.array(0), none[:, 0], length == 0, none, cache)
-    state = _written(state, choose(hidden, state.step), stop)
-    return jax.lax.while_loop(unfinished, step, state).written
+    return jax.lax.while_loop(unfinished, step, state)
 
 
 def _prefill(
     config: models.Config, weights: Any, adapter: Adapter, tokens: Array, length: Array, new: int
-) -> tuple[Array, Cache | None]:
-    """The hidden state (B, 1, D) of each prompt's last token, and the cache that holds them all."""
+) -> tuple[Array, Cache | None, Memory | None]:
+    """The hidden state (B, 1, D) of each prompt's last token, and the cache that holds them all.
+
+    An encoder-decoder's prompts are in the memory, and its start token alone is in the cache.
+    """
+    segments = (jnp.arange(tokens.shape[1]) < length[:, None]).astype(jnp.int32)
+    memory = None
+    if models.kind(config) == "encoder-decoder":
+        memory = models.encode(config, weights, adapter, tokens, segments)
+        length, segments = jnp.ones_like(length), jnp.ones_like(segments[:, :1])
+        tokens = jnp.full_like(segments, models.start_token(config))
     rows, time = tokens.shape
     cache = models.new_cache(config, rows, time + new - 1, weights["embed"].dtype)
-    segments = (jnp.arange(time) < length[:, None]).astype(jnp.int32)
-    out = models.forward(config, weights, adapter, tokens, segments=segments, cache=cache)
-    return jnp.take_along_axis(out.hidden, length[:, None, None] - 1, axis=1), out.cache
+    out = models.forward(
+        config, weights, adapter, tokens, segments=segments, cache=cache, memory=memory
+    )
+    hidden = jnp.take_along_axis(out.hidden, length[:, None, None] - 1, axis=1)
+    return hidden, out.cache, memory
 
 
-def _written(state: _State, token: Array, stop: int) -> _State:
-    """The state with each row's next token, or `stop` where the row has ended."""
-    token = jnp.where(state.done, stop, token)
+def _extended(
+    state: _State,
+    hidden: Array,
+    config: models.Config,
+    weights: Any,
+    adapter: Adapter,
+    sampling: Sampling,
+    stop: int,
+) -> _State:
+    """The state with each row's next token, which `hidden` (B, 1, D) predicts; `stop` if ended."""
+    logits = models.unembed(config, weights, adapter, hidden[:, 0]).astype(jnp.float32)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    token = jnp.where(state.done, stop, _choose(logits, keys, sampling))
     return replace(
         state,
         step=state.step + 1,
@@ -139,29 +178,66 @@ def generate(
     stop: int,
     sampling: Sampling,
     tokens: int = 4096,
+    ended: Ended | None = None,
+    told: str = "replies",
 ) -> list[list[int]]:
     """What follows each prompt, in tokens, without the `stop` that ends it.
 
     Prompts of like length share a batch of about `tokens` tokens, the new ones included. An empty
-    prompt gets an empty reply.
+    prompt gets an empty reply. `ended(n, reply)`, asked every few tokens, may end the reply to
+    prompt n; what it has is kept. The progress bar is of what is `told`.
     """
-    pending, drawn = [], replace(sampling, seed=0)  # the keys carry the seed: no recompilation
-    for time, chosen in _by_length(prompts, sampling.max_new_tokens, tokens):
-        padded = np.zeros((len(chosen), time), np.int32)
-        for row, n in enumerate(chosen):
-            padded[row, : len(prompts[n])] = prompts[n]
-        length = np.array([len(prompts[n]) for n in chosen], np.int32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(sampling.seed), np.array(chosen)
-        )
-        out = continuations(
-            config, weights, adapter, padded, length, keys, sampling=drawn, stop=stop
-        )
-        pending.append((chosen, out))
-    replies: dict[int, list[int]] = {}
-    for chosen, out in pending:
-        replies |= {n: _until(row, stop) for n, row in zip(chosen, np.asarray(out), strict=True)}
+    model, replies = (config, weights, adapter), {}
+    how = {"sampling": replace(sampling, seed=0), "stop": stop}  # keys carry the seed, uncompiled
+
+    def written(time: int, chosen: list[int]) -> tuple[list[int], Array]:
+        """A batch's prompts, and what follows them."""
+        state = _begin(*model, *_padded(prompts, chosen, time), _keys(sampling, chosen), **how)
+        advance = partial(_advance, *model, **how)
+        if ended is None:
+            return chosen, advance(state, sampling.max_new_tokens).written
+        return chosen, _watched(advance, state, chosen, ended)
+
+    with bar("writing") as progress:
+        task = progress.add_task(escape(told), total=len(prompts), note="")
+        work = starmap(written, _by_length(prompts, sampling.max_new_tokens, tokens))
+        for chosen, rows in work if ended else list(work):  # unwatched, all are under way at once
+            replies |= {
+                n: _until(row, stop) for n, row in zip(chosen, np.asarray(rows), strict=True)
+            }
+            progress.update(task, advance=len(chosen))
     return [replies[n] for n in range(len(prompts))]
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], chosen: Sequence[int], time: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen prompts (B, T), padded right, and how long they are (B,)."""
+    padded = np.zeros((len(chosen), time), np.int32)
+    for row, n in enumerate(chosen):
+        padded[row, : len(prompts[n])] = prompts[n]
+    return padded, np.array([len(prompts[n]) for n in chosen], np.int32)
+
+
+def _keys(sampling: Sampling, chosen: Sequence[int]) -> Array:
+    """A random key (B,) for each of the chosen prompts."""
+    key = jax.random.key(sampling.seed)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(chosen))
+
+
+def _watched(
+    advance: Callable[..., _State], state: _State, chosen: Sequence[int], ended: Ended
+) -> Array:
+    """What follows the chosen prompts, a few tokens at a time until `ended` or all are written."""
+    for until in range(_STRIDE, state.written.shape[1] + _STRIDE, _STRIDE):
+        state = advance(state, min(until, state.written.shape[1]))
+        step, done = int(state.step), np.asarray(state.done)
+        replies = np.asarray(state.written[:, :step]).tolist()
+        done = [d or ended(n, r) for d, n, r in zip(done, chosen, replies, strict=True)]
+        if all(done):
+            break
+        state = replace(state, done=jnp.array(done))
+    return state.written
 
 
 def _by_length(

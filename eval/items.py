@@ -1,13 +1,14 @@
 """Questions in tokens: what all choices share, what is each one's own, and what counts."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.prompts import Question
 from lora_jax.errors import InputError
-from lora_jax.tokens import Tokenizer
+from lora_jax.tokens import Tokenizer, encode
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Item:
     prefix: Span  # the same for every choice
     rest: tuple[Span, ...]
     divisors: tuple[float, ...]
+    # (T,), the choice that has each of the prefix's tokens, from 1; without it, all have them.
+    owners: np.ndarray | None = None
 
     @property
     def shared(self) -> int:
@@ -61,8 +64,44 @@ def items(
             for prompt in question.prompts
         ]
         _check(question, spans, context)
-        found.append(_item(spans, _divisors(question, spans, score)))
+        found.append(item(spans, _divisors(question, spans, score)))
     return found
+
+
+def sourced_items(
+    questions: Sequence[Question], tokenizer: Tokenizer, *, score: str, style: str
+) -> list[Item]:
+    """The questions for an encoder-decoder: prompts to be read, answers to be written, apart.
+
+    Every token of an answer counts, none of a prompt. A prompt has the special tokens of a text.
+    """
+    prompts = [prompt for q in questions for prompt in dict.fromkeys(q.prompts)]
+    answers = [answer for q in questions for answer in q.answers]
+    special = {"add_special_tokens": style == "plain", "verbose": False}
+    read = iter(tokenizer(prompts, **special)["input_ids"])
+    written = iter(encode(tokenizer, answers))
+    return [_sourced_item(question, read, written, score) for question in questions]
+
+
+def _sourced_item(
+    question: Question, read: Iterator[list[int]], written: Iterator[list[int]], score: str
+) -> Item:
+    """A question's next prompts and answers in tokens; a prompt of its own is its choice's."""
+    sources = {prompt: next(read) for prompt in dict.fromkeys(question.prompts)}
+    if not all(sources.values()):
+        raise InputError(f"{question.where}: a prompt is empty; an encoder has nothing to read")
+    spans = [_span_of(next(written), True) for _ in question.answers]
+    _check(question, spans, sys.maxsize)
+    owners, kept = None, [sources[question.prompts[0]]]
+    if len(sources) > 1:
+        kept = [sources[prompt] for prompt in question.prompts]
+        owners = np.repeat(np.arange(len(kept)) + 1, [len(source) for source in kept])
+    prefix = _span_of([token for source in kept for token in source], False)
+    return Item(prefix, tuple(spans), _divisors(question, spans, score), owners)
+
+
+def _span_of(tokens: list[int], counted: bool) -> Span:
+    return Span(np.array(tokens, np.int32), np.full(len(tokens), counted))
 
 
 def _span(tokens: list[int], offsets: list[tuple[int, int]], start: int) -> Span:
@@ -94,7 +133,7 @@ def _check(question: Question, spans: Sequence[Span], context: int) -> None:
         raise InputError(f"{question.where}: a choice has no token to score; give it some text")
 
 
-def _item(spans: Sequence[Span], divisors: tuple[float, ...]) -> Item:
+def item(spans: Sequence[Span], divisors: tuple[float, ...]) -> Item:
     """The spans, split where they first differ; every choice keeps a token of its own."""
     first, size = spans[0], min(map(len, spans)) - 1
     alike = np.ones(size, bool)

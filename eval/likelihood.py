@@ -1,6 +1,7 @@
 """The negative log-likelihood of tokens, without the logits of every position at once."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,23 @@ _LOGITS = 1 << 25
 def token_nll(
     config: models.Config, weights: Any, adapter: Adapter, hidden: Array, targets: Array
 ) -> Array:
-    """The negative log-likelihood (B, T), in nats, of `targets` (B, T) given `hidden` (B, T, D).
+    """The negative log-likelihood (B, T), in nats, of `targets` (B, T) given `hidden` (B, T, D)."""
+
+    def nll(logits: Array, targets: Array) -> Array:
+        return cross_entropy(logits, targets)[0]
+
+    return over_logits(nll, config, weights, adapter, hidden, targets)
+
+
+def over_logits(
+    function: Callable[[Array, Array], Any],
+    config: models.Config,
+    weights: Any,
+    adapter: Adapter,
+    hidden: Array,
+    targets: Array,
+) -> Any:
+    """`function` of the logits (B, T, V) of hidden states (B, T, D), and of `targets` (B, T).
 
     Logits are float32 whatever the compute type, and made for a stretch of positions at a time; the
     rows stay whole, so that a mesh may spread them.
@@ -29,12 +46,12 @@ def token_nll(
     head = models.unembedding(config, weights, adapter)
     kernel = head.kernel.astype(hidden.dtype)
 
-    def nll(hidden: Array, targets: Array) -> Array:
+    def of(hidden: Array, targets: Array) -> Any:
         logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
         if head.bias is not None:
             logits = logits + head.bias.astype(jnp.float32)
-        return cross_entropy(logits, targets)[0]
+        return function(logits, targets)
 
     if chunks <= 1:
-        return nll(hidden, targets)
-    return in_chunks(nll, (hidden, targets), math.ceil(time / chunks), axis=1)
+        return of(hidden, targets)
+    return in_chunks(of, (hidden, targets), math.ceil(time / chunks), axis=1)

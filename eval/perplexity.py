@@ -26,11 +26,14 @@ class Windows:
     scored: Rows  # (B, stride), 1 where one of the last tokens is scored
 
 
-def windows(tokens: np.ndarray, window: int = 1024, stride: int = 512) -> Windows:
+def windows(
+    tokens: np.ndarray, window: int = 1024, stride: int = 512, opening: int | None = None
+) -> Windows:
     """The windows of a text's `tokens`, such that all but the first are scored exactly once.
 
     A token is scored with all that precedes it in the first window, and with `window - stride`
-    tokens or more after that: the protocol of PEM for WikiText-2.
+    tokens or more after that: the protocol of PEM for WikiText-2. An `opening` token, which some
+    models read nothing without, stands first in every later window too, in a token's place.
     """
     if not 0 < stride < window:
         raise InputError(f"a stride must lie between 1 and the window, {window}; got {stride}")
@@ -47,6 +50,8 @@ def windows(tokens: np.ndarray, window: int = 1024, stride: int = 512) -> Window
         held[row, first - origin : last - origin] = tokens[first:last]
         segments[row, first - origin : last - origin] = 1
         scored[row, max(1 - start, 0) : last - start] = 1
+        if opening is not None and origin > 0:
+            held[row, 0] = opening
     return Windows(held, segments, scored)
 
 

@@ -23,7 +23,8 @@ def table(numbers: Sequence[Line]) -> Table:
     """
     found = Table(box=box.SIMPLE_HEAD, caption="intervals: 95 %, bootstrap over examples")
     found.add_column("module", overflow="fold")
-    for heading in ("result", "interval", "change", "interval"):
+    first = escape(numbers[0].column)
+    for heading in ("result", "interval", f"vs {first}", "interval"):
         found.add_column(heading, justify="right", no_wrap=True)
     for n, line in enumerate(numbers):
         if not n or line.task != numbers[n - 1].task:
@@ -38,7 +39,7 @@ def table(numbers: Sequence[Line]) -> Table:
 def _units(line: Line) -> tuple[Show, Show]:
     """How a line's number is shown, and how its difference is."""
     if line.metric == "accuracy":
-        return lambda x: f"{100 * x:.1f} %", lambda x: f"{100 * x:+.1f}"
+        return lambda x: f"{100 * x:.1f} %", lambda x: f"{100 * x:+.1f} points"
     return lambda x: f"{np.exp(x):.2f} ppl", lambda x: f"{100 * np.expm1(x):+.2f} %"
 
 
@@ -65,7 +66,7 @@ def reply_table(outcome: Replies) -> Table:
     found = Table("prompt", "module", "reply", show_lines=True)
     for n, prompt in enumerate(outcome.prompts):
         for column, replies in outcome.replies.items():
-            found.add_row(escape(prompt), escape(column), escape(replies[n]))
+            found.add_row(escape(prompt), escape(column), escape(replies[n]) or "(ended at once)")
     return found
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from compose.inputs import named_folders
+from compose.inputs import located, named_folders
 from eval import bench as benches
 from eval import columns, report, results, tasks
 from eval.bench import Bench
+from eval.classify import common_labels
 from eval.config import Evaluation, checked
 from eval.results import Answers, Line, Perplexity, Replies
-from eval.tasks import Corpus, Task
+from eval.tasks import Classification, Corpus, Measured
 from lora_jax import bases
 from lora_jax.errors import InputError
 from lora_jax.files import new_folder, refuse_existing, write_json
+from lora_jax.hub import local
 from lora_jax.provenance import environment, hashed
 from lora_jax.tokens import load_tokenizer
 
@@ -28,10 +30,14 @@ def run(settings: Evaluation) -> None:
     checked(settings)
     benches.sampling(settings)  # refuses what cannot be, before anything is measured
     refuse_existing(settings.out, settings.overwrite)
-    wanted, folders = _wanted(settings), named_folders(settings.adapters, taken={columns.BASE})
-    base = bases.load_base(settings.base)
+    wanted, named = _wanted(settings), named_folders(settings.adapters, taken={columns.BASE})
+    folders = {name: located(folder) for name, folder in named.items()}
+    base = bases.load_base(
+        settings.base, labels=common_labels(wanted), quantization=settings.quantize
+    )
     built = columns.build(settings.compare, folders, base.config, settings.space)
     bench = Bench(settings, base, load_tokenizer(base.folder), built)
+    benches.refuse_misfits(bench, wanted)
     benches.refuse_beyond_context(bench, wanted)
     outcomes = [_measured(bench, task) for task in wanted]
     replies = benches.replies(bench) if settings.generate else None
@@ -42,11 +48,11 @@ def run(settings: Evaluation) -> None:
     print(settings.out / "results.json")
 
 
-def _wanted(settings: Evaluation) -> list[Task | Corpus]:
+def _wanted(settings: Evaluation) -> list[Measured]:
     """Everything to measure, each name once."""
-    found = [tasks.find(name) for name in settings.tasks]
-    found += [tasks.read_task(path) for path in settings.task_file]
-    found += [Corpus(path.stem, str(path.resolve())) for path in settings.text]
+    found: list[Measured] = [tasks.find(name) for name in settings.tasks]
+    found += [tasks.read_any(path) for path in settings.task_file]
+    found += [Corpus(path.stem, str(path.absolute())) for path in map(local, settings.text)]
     names = [task.name for task in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"task {twice[0]!r} is given twice; name each once")
@@ -55,9 +61,11 @@ def _wanted(settings: Evaluation) -> list[Task | Corpus]:
     return found
 
 
-def _measured(bench: Bench, task: Task | Corpus) -> Answers | Perplexity:
+def _measured(bench: Bench, task: Measured) -> Answers | Perplexity:
     if isinstance(task, Corpus):
         return benches.text_perplexity(bench, task)
+    if isinstance(task, Classification):
+        return benches.labels(bench, task)
     return benches.answers(bench, task)
 
 

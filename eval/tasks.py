@@ -6,8 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lora_jax import labelled
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import read_json
+from lora_jax.hub import is_address
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Form:
     answer: str = " {choice}"  # what is scored
     choices: str | tuple[str, ...] = "choices"  # the field that holds them, or the words themselves
 
-    def needs(self) -> set[str]:
-        """The fields that a row must have."""
-        names = {*names_in(self.prompt), *names_in(self.answer)}
-        names |= {"question"} if names & {"before", "after"} else set()
-        names |= {self.choices} if isinstance(self.choices, str) else set()
-        return names - {"choice", "before", "after"}
+    def needs(self) -> dict[str, str]:
+        """The fields that a row must have, each with the key of the task that names it."""
+        named = dict.fromkeys(names_in(self.answer), "answer")
+        named |= dict.fromkeys(names_in(self.prompt), "prompt")
+        parts = [named[name] for name in ("before", "after") if name in named]
+        named |= {"question": parts[0]} if parts else {}
+        named |= {self.choices: "choices"} if isinstance(self.choices, str) else {}
+        return {n: key for n, key in named.items() if n not in ("choice", "before", "after")}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Task:
     group: str | None = None  # the field whose values are also scored apart
     open_ended: bool = False  # rows without a label are free-form, and left out
     language: str = "en"
+    where: str = "the task"  # the JSON file that describes it, if one does
 
     def form(self, style: str) -> Form:
         """How the task is put in the format called `style`, "plain" or "chat"."""
@@ -68,12 +73,30 @@ class Corpus:
     language: str = "en"
 
 
+_TEXT = labelled.Form()
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Labelled texts, for a classifier."""
+
+    name: str
+    file: str  # JSONL under the data root
+    labels: tuple[str, ...] = ()  # by number; as the base has them if there is none
+    form: labelled.Form = _TEXT
+    hub: Hub | None = None
+    group: str | None = None  # the field whose values are also scored apart
+
+
+Measured = Task | Classification | Corpus
+
+
 def names_in(template: str) -> Iterator[str]:
     """The fields that a template names."""
     return (name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
 
 
-def find(name: str) -> Task | Corpus:
+def find(name: str) -> Measured:
     """The built-in task of this name."""
     from eval.catalogue import TASKS
 
@@ -85,11 +108,18 @@ def find(name: str) -> Task | Corpus:
 _KEYS = ("name", "rows", "prompt", "answer", "choices", "label", "group", "language")
 
 
+def read_any(path: Path) -> Task | Classification:
+    """The task that a JSON file describes, of whichever kind it says it is."""
+    raw = read_json(path)
+    return _classification(raw, path) if raw.get("kind") == "classification" else read_task(path)
+
+
 def read_task(path: Path) -> Task:
     """The task that a JSON file describes, with `rows` found beside it.
 
-    Its keys are `rows` (a JSONL file), `prompt`, `choices` (a field, or a list of words), and
-    optionally `name`, `answer`, `label`, `group` and `language`, as in `Form` and `Task`.
+    Its keys are `rows` (a JSONL file, or its hf:// address), `prompt`, `choices` (a field, or a
+    list of words), and optionally `name`, `answer`, `label`, `group` and `language`, as in `Form`
+    and `Task`.
     """
     raw = read_json(path)
     refuse_all(_problems(raw), str(path))
@@ -99,9 +129,10 @@ def read_task(path: Path) -> Task:
     kept = {f.name for f in fields(Task)} & {"label", "group", "language"} & raw.keys()
     return Task(
         name=raw.get("name", path.stem),
-        file=str((path.parent / raw["rows"]).resolve()),
+        file=_beside(path, raw["rows"]),
         plain=plain,
         chat=chat,
+        where=str(path),
         **{key: raw[key] for key in kept},
     )
 
@@ -124,3 +155,35 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     ):
         found.append(f"choices must name a field or list at least two words; it is {words!r}")
     return found
+
+
+def _beside(path: Path, rows: str) -> str:
+    """The rows that a task file names: at an address on the hub, or beside the file."""
+    return rows if is_address(rows) else str((path.parent / rows).resolve())
+
+
+def _classification(raw: Mapping[str, Any], path: Path) -> Classification:
+    """The classification task of a JSON file.
+
+    Its keys are `kind` and `rows`, and optionally `labels` (their names, by number), `prompt` and
+    `second` (templates of the one text or of the pair), `label` (its field), `name` and `group`.
+    """
+    known = ("kind", "rows", "labels", "prompt", "second", "label", "name", "group")
+    problems = [] if "rows" in raw else ["rows is missing"]
+    problems += [f"unknown key {k!r} (known: {', '.join(known)})" for k in raw.keys() - set(known)]
+    problems += [
+        f"{key} must be a string; it is {raw[key]!r}"
+        for key in (*known[:2], *known[3:])
+        if not isinstance(raw.get(key, ""), str)
+    ]
+    labels = raw.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        problems.append(f"labels must be a list of names; it is {labels!r}")
+    refuse_all(problems, str(path))
+    return Classification(
+        name=raw.get("name", path.stem),
+        file=_beside(path, raw["rows"]),
+        labels=tuple(labels),
+        form=labelled.Form(raw.get("prompt", ""), raw.get("second", ""), raw.get("label", "label")),
+        group=raw.get("group"),
+    )

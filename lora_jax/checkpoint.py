@@ -1,7 +1,7 @@
 """Base models from and to Hugging Face folders: config.json and (sharded) safetensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import new_folder, read_json, save_tensors, write_json
-from lora_jax.table import Leaf, Table, flatten, nest, shardings
+from lora_jax.quantize import Quantized, place, quantized, refuse_quantized
+from lora_jax.table import Leaf, Table, flatten, is_projection, nest, new_weight, shardings
 
 
 def read_config(folder: Path) -> models.Config:
@@ -26,24 +27,45 @@ def read_config(folder: Path) -> models.Config:
 
 
 def load_weights(
-    folder: Path, config: models.Config, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    folder: Path,
+    config: models.Config,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """The weights of a Hugging Face folder, stacked over layers, on the mesh if there is one.
 
+    With a `quantization` ("int8" or "nf4") the layers' projections are held in few bits.
+
     Every stored tensor must be wanted and every wanted one stored, once and in its shape; what is
-    amiss is told all at once.
+    amiss is told all at once. Only a classifier's head may be lacking, and is then a new one.
     """
     table = models.table(config)
     placed = flatten(shardings(table, mesh)) if mesh is not None else {}
     with ExitStack() as stack:
         family = models.family(config)
         stored = _prefixed(_open(folder, stack), table, family.PREFIX)
-        _audit(stored, table, folder, family.SPARE)
+        new = _lacking_head(stored, table)
+        there = {path: leaf for path, leaf in table.items() if path not in new}
+        _audit(stored, there, folder, family.SPARE)
+        few = {path for path, leaf in there.items() if is_projection(leaf)}
         flat = {
-            path: _place(_stack(stored, leaf, folder), dtype, placed.get(path))
-            for path, leaf in table.items()
+            path: _quantized(_layers(stored, leaf, folder), quantization, placed.get(path))
+            if quantization != "none" and path in few
+            else _place(_stack(stored, leaf, folder), dtype, placed.get(path))
+            for path, leaf in there.items()
         }
+    for path, leaf in new.items():
+        flat[path] = _place(new_weight(path, leaf), dtype, placed.get(path))
     return nest(flat)
+
+
+def _lacking_head(stored: Mapping[str, Any], table: Table) -> Table:
+    """The weights of a head of which nothing is stored."""
+    head = {path: leaf for path, leaf in table.items() if leaf.new is not None}
+    names = {name for leaf in head.values() for name in leaf.names()}
+    return {} if names & stored.keys() else head
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -120,15 +142,25 @@ def _audit(
     refuse_all(problems, str(folder))
 
 
+def _layers(stored: Mapping[str, _Stored], leaf: Leaf, folder: Path) -> Iterator[np.ndarray]:
+    """One weight as we hold it, layer by layer: transposed if need be; NaN is refused."""
+    for name in leaf.names():
+        tensor = stored[name].value()
+        if not np.isfinite(tensor).all():
+            raise InputError(f"{folder}: {name} holds NaN or infinite values")
+        yield tensor.T if leaf.transposed else tensor
+
+
 def _stack(stored: Mapping[str, _Stored], leaf: Leaf, folder: Path) -> np.ndarray:
-    """One weight as we hold it: transposed if need be, its layers stacked; NaN is refused."""
-    tensors = [stored[name].value() for name in leaf.names()]
-    whole = [np.isfinite(t).all() for t in tensors]
-    bad = [name for name, fine in zip(leaf.names(), whole, strict=True) if not fine]
-    refuse_all([f"{name} holds NaN or infinite values" for name in bad], str(folder))
-    if leaf.transposed:
-        tensors = [t.T for t in tensors]
+    """One weight with its layers stacked, if layers have it."""
+    tensors = list(_layers(stored, leaf, folder))
     return np.stack(tensors) if leaf.stacked else tensors[0]
+
+
+def _quantized(layers: Iterator[np.ndarray], kind: str, sharding: Any) -> Quantized:
+    """A stacked kernel in few bits; only one layer of it is ever held in full."""
+    few = [quantized(layer, kind) for layer in layers]
+    return place(jax.tree.map(lambda *parts: jnp.stack(parts), *few), sharding)
 
 
 def _place(tensor: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
@@ -145,6 +177,7 @@ def save_model(
 
 def write_model(folder: Path, config: models.Config, weights: Mapping[str, Any]) -> None:
     """Writes config.json and model.safetensors into an existing folder."""
+    refuse_quantized(weights, f"{folder} cannot be written")
     flat, tensors = flatten(weights), {}
     for path, leaf in models.table(config).items():
         value = np.asarray(flat[path])

@@ -13,7 +13,7 @@ from typing import Any
 from lora_jax.errors import InputError
 
 # What decides how a folder's weights are read, and what shows that a folder is one of our results.
-CONFIGS = ("config.json", "adapter_config.json", "library.json")
+CONFIGS = ("config.json", "adapter_config.json", "library.json", "modules.json")
 MARKS = (*CONFIGS, "training.json", "results.json")
 
 
@@ -108,11 +108,13 @@ def sha256(path: Path) -> str:
 def folder_digest(folder: Path) -> str:
     """One sha256 over what a model, adapter or library folder is: its weights and their configs.
 
-    Files count by their path in the folder and their content; records and checkpoints do not.
+    Files count by their path in the folder and their content; records and checkpoints do not, nor
+    does what lies in the folders of any but a library.
     """
     whole = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    levels = ("*", "*/*") if (folder / "library.json").exists() else ("*",)
+    for path in sorted(path for level in levels for path in folder.glob(level)):
         inside = path.relative_to(folder)
-        if path.name in CONFIGS or path.suffix == ".safetensors":
+        if path.name in (*CONFIGS, "adapter_model.bin") or path.suffix == ".safetensors":
             whole.update(f"{inside.as_posix()} {sha256(path)}\n".encode())
     return whole.hexdigest()

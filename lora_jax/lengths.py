@@ -15,13 +15,20 @@ def bucket(size: int, *, steps: int = 4, apart: int = 1) -> int:
     return -(-size // step) * step
 
 
-def choose_lengths(sizes: Sequence[int], limit: int = 4, worth: float = 0.1) -> tuple[int, ...]:
+def fixed_length(size: int) -> int:
+    """The coarse bucket that holds `size`, for lengths that are few."""
+    return bucket(int(size), steps=2, apart=8)
+
+
+def choose_lengths(
+    sizes: Sequence[int] | np.ndarray, limit: int = 4, worth: float = 0.1
+) -> tuple[int, ...]:
     """At most `limit` buckets that hold rows of `sizes` tokens with little padding, in order.
 
     Each costs a compilation, so one is added only while it saves the share `worth` of all the
     tokens that would be processed; as they are few, they are taken from coarse buckets.
     """
-    exact = np.asarray([bucket(size, steps=2, apart=8) for size in sizes])
+    exact = np.asarray([fixed_length(size) for size in sizes])
     chosen = [int(exact.max())]
     candidates = sorted(set(exact.tolist()) - set(chosen))
     while candidates and len(chosen) < limit:

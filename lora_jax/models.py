@@ -1,7 +1,7 @@
 """The model families behind one door: a config's family is the module that its type comes from."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -9,20 +9,32 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_jax import decoder
+from lora_jax import decoder, encoder
 from lora_jax import table as tables
 from lora_jax.decoder import Observe, Output
 from lora_jax.errors import InputError
-from lora_jax.families import llama
-from lora_jax.modules import Adapter, Experts, LoRA, Saved
-from lora_jax.parts import Cache, empty_cache
-from lora_jax.project import Dropout
+from lora_jax.families import gemma3, gpt2, llama, phi, phi3, roberta, t5
+from lora_jax.merge import changed_by
+from lora_jax.modules import Adapter, Experts
+from lora_jax.parts import Cache, Memory, empty_cache
+from lora_jax.project import Dropout, project
 from lora_jax.table import Table
 
 __all__ = ["Observe", "Output"]
 
 # Hugging Face's model_type to the file that implements it.
-FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama}
+FAMILIES = {
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+    "qwen3": llama,
+    "phi3": phi3,
+    "gpt2": gpt2,
+    "phi": phi,
+    "gemma3_text": gemma3,
+    "roberta": roberta,
+    "t5": t5,
+}
 
 
 class Config(Protocol):
@@ -57,6 +69,17 @@ def family(config: Config) -> ModuleType:
     return sys.modules[type(config).__module__]
 
 
+def kind(config: Config) -> str:
+    """What the model does: "causal", "encoder-decoder" or "classifier"."""
+    return getattr(family(config), "KIND", "causal")
+
+
+def start_token(config: Config) -> int:
+    """The token that an encoder-decoder's decoder begins a text with."""
+    settings: Any = config
+    return settings.decoder_start
+
+
 def config_to_huggingface(config: Config) -> dict[str, Any]:
     """The `config.json` that transformers would write for this model."""
     return family(config).config_to_huggingface(config)
@@ -78,8 +101,15 @@ def default_targets(config: Config) -> tuple[str, ...]:
 
 
 def ia3_layouts(config: Config) -> dict[str, dict[str, str]]:
-    """Which projections IA3 rescales, and on which side, by layout: "peft" and "pem"."""
-    return family(config).IA3_LAYOUTS
+    """Which projections IA3 rescales, and on which side, by layout: "peft" and "pem".
+
+    Of those that a family's layout names, the ones that this model has.
+    """
+    layouts, known = family(config).IA3_LAYOUTS, projections(config)
+    return {
+        name: {path: side for path, side in sides.items() if path in known}
+        for name, sides in layouts.items()
+    }
 
 
 def forward(
@@ -91,18 +121,24 @@ def forward(
     segments: jax.Array | None = None,
     positions: jax.Array | None = None,
     cache: Cache | None = None,
+    memory: Memory | None = None,
     dropout: Dropout | None = None,
     observe: Observe | None = None,
     remat: bool = False,
 ) -> Output:
     """The final hidden states (B, T, D) of tokens (B, T) under a module (an empty dict is none).
 
+    An encoder-decoder's `tokens` are its decoder's, `memory` what `encode` made of the source.
+
     `segments` (B, T) keeps packed texts apart; 0 marks padding. `positions` (B, T) count within a
-    text; by default from 0, or from the cached end of each row. `observe(path, module, x)` may look
+    text; by default they do, on from its cached tokens. `observe(path, module, x)` may look
     at every projection's input; what it returns comes back stacked over layers. `remat` recomputes
     a layer in the backward pass instead of keeping its activations.
     """
     check_adapter(config, adapter)
+    if (kind(config) == "encoder-decoder") != (memory is not None):
+        need = "need the" if memory is None else "take no"
+        raise InputError(f"{kind(config)} models {need} memory of a source (models.encode)")
     return decoder.forward(
         family(config),
         config,
@@ -112,6 +148,40 @@ def forward(
         segments=segments,
         positions=positions,
         cache=cache,
+        memory=memory,
+        dropout=dropout,
+        observe=observe,
+        remat=remat,
+    )
+
+
+def encode(
+    config: Config,
+    weights: Mapping[str, Any],
+    adapter: Adapter,
+    source: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    dropout: Dropout | None = None,
+    observe: Observe | None = None,
+    remat: bool = False,
+) -> Memory:
+    """What an encoder-decoder reads in a source (B, S), for `forward`'s `memory`.
+
+    It holds the decoder's keys and values of the source, so it is made once for however many steps
+    or texts. A place of `segments` (B, S) is seen by the decoder's tokens of the same segment; 0
+    marks padding, and a negative segment is seen by them all. The options are `forward`'s.
+    """
+    if kind(config) != "encoder-decoder":
+        raise InputError(f"{kind(config)} models have no encoder to read a source with")
+    check_adapter(config, adapter)
+    return encoder.encode(
+        family(config),
+        config,
+        weights,
+        adapter,
+        source,
+        segments,
         dropout=dropout,
         observe=observe,
         remat=remat,
@@ -121,6 +191,7 @@ def forward(
 def check_adapter(config: Config, adapter: Adapter) -> None:
     """Refuses an adapter with a module that this model has no place for."""
     known = {"embed", "unembed", *map(tables.module_path, table(config))}
+    known -= {"unembed"} if kind(config) == "classifier" else set()
     lost = [path for path in adapter if path not in known]
     if lost:
         has = ", ".join(projections(config))
@@ -136,22 +207,24 @@ class Unembedding:
 
 
 def unembedding(config: Config, weights: Mapping[str, Any], adapter: Adapter) -> Unembedding:
-    """The kernel and bias from hidden states to logits, with what an adapter makes of them."""
-    weights, adapter = decoder.with_saved(weights, adapter)
-    kernel = weights["unembed"] if "unembed" in weights else weights["embed"].T
-    match adapter.get("unembed"):
-        case LoRA(a, b, scale):
-            kernel = kernel + (scale * a @ b).astype(kernel.dtype)
-        case Experts():
-            raise InputError("the unembedding cannot be routed; leave lm_head out of the library")
-    return Unembedding(kernel, weights.get("unembed.bias"))
+    """The kernel and bias from hidden states to logits, with what an adapter makes of them.
+
+    An adapter's "embed" is for the input alone, as in PEFT, also where the base has one for both.
+    """
+    refuse_classifier(config, "it gives no chances of tokens")
+    changed, adapter = decoder.with_saved(weights, adapter)
+    kernel = changed["unembed"] if "unembed" in changed else weights["embed"].T
+    bias, module = changed.get("unembed.bias"), adapter.get("unembed")
+    if isinstance(module, Experts):
+        raise InputError("the unembedding cannot be routed; leave lm_head out of the library")
+    if module is not None:
+        kernel, bias = changed_by("unembed", module, kernel, bias)
+    return Unembedding(kernel, bias)
 
 
 def trains_unembedding(adapter: Adapter) -> bool:
-    """Whether a module changes the unembedding, or an embedding that it may share."""
-    return isinstance(adapter.get("embed"), Saved) or not {"unembed", "unembed.bias"}.isdisjoint(
-        adapter
-    )
+    """Whether a module changes the unembedding."""
+    return not {"unembed", "unembed.bias"}.isdisjoint(adapter)
 
 
 def unembed(
@@ -165,6 +238,61 @@ def unembed(
 
 def new_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty key-value cache for `batch` rows of up to `slots` positions."""
+    refuse_classifier(config, "it continues no text and has no cache")
     return empty_cache(
         config.layers, batch, slots, config.kv_heads, config.head_width, jnp.dtype(dtype)
     )
+
+
+def refuse_classifier(config: Config, reason: str) -> None:
+    """Refuses a base model that gives texts labels, for what cannot be asked of it."""
+    if kind(config) == "classifier":
+        name = family(config).__name__.rpartition(".")[2]
+        raise InputError(f"{name} is a classifier: {reason}; take a causal base model for that")
+
+
+def label_names(config: Config) -> tuple[str, ...]:
+    """The names of a classifier's labels, by number; none of other models."""
+    return getattr(config, "labels", ())
+
+
+def with_labels(config: Config, labels: Sequence[str]) -> Config:
+    """The config of a classifier for these labels, in the order of their numbers."""
+    if kind(config) != "classifier":
+        raise InputError(f"labels are a classifier's; this base model is {kind(config)}")
+    return family(config).with_labels(config, tuple(labels))
+
+
+def head_paths(config: Config) -> tuple[str, ...]:
+    """The weights of a classifier's head, which is trained whole along with a module."""
+    return tuple(path for path, leaf in table(config).items() if leaf.new is not None)
+
+
+def classify(
+    config: Config,
+    weights: Mapping[str, Any],
+    adapter: Adapter,
+    hidden: jax.Array,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Logits (B, labels) of texts from their hidden states (B, T, D), in the compute type.
+
+    The head reads the first token of each row that `segments` (B, T) does not call padding.
+    """
+    if segments is None:
+        return label_logits(config, weights, adapter, hidden[:, 0])
+    first = jnp.argmax(segments != 0, axis=1)
+    states = jnp.take_along_axis(hidden, first[:, None, None], axis=1)[:, 0]
+    return label_logits(config, weights, adapter, states)
+
+
+def label_logits(
+    config: Config, weights: Mapping[str, Any], adapter: Adapter, states: jax.Array
+) -> jax.Array:
+    """Logits (..., labels) from the hidden states (..., D) of texts' first tokens."""
+    weights, adapter = decoder.with_saved(weights, adapter)
+
+    def apply(path: str, x: jax.Array) -> jax.Array:
+        return project(x, weights[path], weights.get(f"{path}.bias"), adapter.get(path))
+
+    return family(config).head(apply, states)

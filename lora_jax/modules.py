@@ -16,10 +16,27 @@ class LoRA:
     """A low-rank addition to a projection: the kernel gains `scale * a @ b`.
 
     Hu et al., "LoRA", section 4.1. `scale` is alpha / rank, or alpha / sqrt(rank) for rslora.
+    A `bias` (PEFT's lora_bias) adds `scale * bias` to the output.
     """
 
     a: jax.Array  # (..., I, R)
     b: jax.Array  # (..., R, O), zero at initialisation
+    scale: float = struct.field(pytree_node=False, default=1.0)
+    bias: jax.Array | None = None  # (..., O)
+
+
+@struct.dataclass
+class DoRA:
+    """A LoRA whose sum with the kernel has the length of its columns set to `magnitude`.
+
+    Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5: each column of
+    `kernel + scale * a @ b` is divided by its norm and multiplied by its magnitude. A magnitude of
+    0 stands for that norm itself: such a column is LoRA's, so that zeros are the identity.
+    """
+
+    a: jax.Array  # (..., I, R)
+    b: jax.Array  # (..., R, O), zero at initialisation
+    magnitude: jax.Array  # (..., O), the norms of the kernel's columns at initialisation
     scale: float = struct.field(pytree_node=False, default=1.0)
 
 
@@ -56,13 +73,16 @@ class Experts:
 class Saved:
     """A base weight that was trained whole and goes with the adapter (PEFT's modules_to_save).
 
-    Its path is the weight's own ("embed", "self_attn.q_proj.bias"); it takes that weight's place.
+    Its path is the weight's own ("embed", "self_attn.q_proj.bias"). The weight becomes `value` plus
+    1 - `share` times the base's: what it adds to the base's is then a delta like any other, and a
+    sum of such modules is the sum of their values and of their shares.
     """
 
     value: jax.Array  # as the base holds it: kernels (..., I, O), a layer axis in front
+    share: jax.Array | None = None  # (...), 1 unless given: `value` takes the weight's place
 
 
-Module = LoRA | IA3 | Experts | Saved
+Module = LoRA | DoRA | IA3 | Experts | Saved
 Adapter = Mapping[str, Module]  # keyed by the projection's path in a layer: "self_attn.q_proj"
 
 # A projection's path to its sizes: (layers, in, out), or (in, out) where there is just one.
@@ -137,9 +157,15 @@ def describe(adapter: Adapter) -> str:
     """A module in a few words: its kind, ranks, targets and the number of its parameters."""
     if not adapter:
         return "the base model (no module)"
-    kinds = " + ".join(sorted({type(m).__name__ for m in adapter.values()}))
-    ranks = sorted({m.a.shape[-1] for m in adapter.values() if isinstance(m, LoRA | Experts)})
+    whole = [path for path, module in adapter.items() if isinstance(module, Saved)]
+    inner = {path: module for path, module in adapter.items() if path not in whole}
+    kinds = " + ".join(sorted({type(m).__name__ for m in inner.values()}))
+    ranks = sorted(
+        {m.a.shape[-1] for m in adapter.values() if isinstance(m, LoRA | DoRA | Experts)}
+    )
     rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
     count = sum(leaf.size for leaf in jax.tree.leaves(dict(adapter)))
-    targets = ", ".join(path.rsplit(".", 1)[-1] for path in adapter)
-    return f"{kinds}{rank} on {targets} ({count:,} parameters)"
+    targets = ", ".join(path.rsplit(".", 1)[-1] for path in inner)
+    parts = [f"{kinds}{rank} on {targets}"] if inner else []
+    parts += [f"{', '.join(whole)} whole"] if whole else []
+    return f"{' with '.join(parts)} ({count:,} parameters)"

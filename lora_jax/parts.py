@@ -1,5 +1,7 @@
 """What the model families share: norms, rotary positions, attention masks, the key-value cache."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -22,17 +24,10 @@ def layer_norm(x: Array, gain: Array, bias: Array, eps: float) -> Array:
     return (wide * scale).astype(x.dtype) * gain + bias
 
 
-def rope_tables(positions: Array, width: int, base: float) -> tuple[Array, Array]:
-    """Cosines and sines (B, T, 1, C/2) of the rotary angles at `positions` (B, T)."""
-    frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     """x (B, T, heads, C) rotated by its position, in halves, as Hugging Face stores it.
 
-    Tables narrower than C / 2 turn a head's first numbers and leave the rest.
+    Tables (of `rope.tables`) narrower than C / 2 turn a head's first numbers and leave the rest.
     """
     cos, sin = tables
     turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
@@ -65,6 +60,16 @@ def empty_cache(
     return Cache(pages, pages, index, index, jnp.zeros((), jnp.int32))
 
 
+@struct.dataclass
+class Memory:
+    """What a decoder attends to beside itself: its keys and values of a source, made once."""
+
+    keys: Array  # (N, B, S, K, C)
+    values: Array  # (N, B, S, K, C)
+    segments: Array  # (B, S), seen by the decoder's equal ones; 0 is padding, negative seen by all
+    observed: Any = None  # what `observe` returned while it was made, by projection
+
+
 def put(pages: Array, new: Array, used: Array | int) -> Array:
     """`pages` (B, S, ...) with `new` (B, T, ...) in the T slots from `used` on."""
     start = (0, used) + (0,) * (pages.ndim - 2)
@@ -92,6 +97,16 @@ def attention_mask(
     if window is not None:
         mask &= positions[:, :, None] - key_positions[:, None, :] < window
     return mask[:, None]
+
+
+def whole_mask(segments: Array, key_segments: Array) -> Array:
+    """Which key (B, 1, T, S) each query may see, before it or after: those of its own segment.
+
+    Segment 0 is padding; a negative segment is seen by every query.
+    """
+    same = segments[:, :, None] == key_segments[:, None, :]
+    shared = key_segments[:, None, :] < 0
+    return ((same & (key_segments[:, None, :] > 0)) | shared)[:, None]
 
 
 def attend(

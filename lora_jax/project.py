@@ -1,10 +1,14 @@
 """The one place where a module changes a projection; model files never know which module it is."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_jax.modules import IA3, Experts, LoRA, Module
+from lora_jax.dora import gain
+from lora_jax.modules import IA3, DoRA, Experts, LoRA, Module
+from lora_jax.quantize import dense
 from lora_jax.routing import routed
 
 
@@ -23,23 +27,60 @@ def project(
     module: Module | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
-    """A projection's output (..., O) for x (..., I), changed by its module if it has one."""
+    """A projection's output (..., O) for x (..., I), changed by its module if it has one.
+
+    A quantized kernel is given back its numbers here, and only while they are needed.
+    """
+    kernel = dense(kernel, x.dtype)
+
+    def plain(x: jax.Array) -> jax.Array:
+        y = x @ kernel
+        return y if bias is None else y + bias
+
+    return changed(plain, x, kernel, module, dropout)
+
+
+def changed(
+    plain: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    module: Module | None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """What `plain`, a projection by `kernel` (I, O), gives for x (..., I) under its module.
+
+    A user's own layer is such a projection, with a bias, a precision and a type of its own.
+    """
     if isinstance(module, IA3) and module.on == "input":
         x = x * _factor(module, x)
-    y = x @ kernel
-    if bias is not None:
-        y = y + bias
+    y = plain(x)
     match module:
         case None | IA3(on="input"):
             return y
         case IA3():
             return y * _factor(module, y)
         case LoRA():
-            inner = dropped(x, dropout) @ module.a.astype(x.dtype)
-            return y + inner @ (module.scale * module.b).astype(x.dtype)
+            y = y + low_rank(dropped(x, dropout), module)
+            return y if module.bias is None else y + (module.scale * module.bias).astype(y.dtype)
+        case DoRA():
+            return y + _magnified(dropped(x, dropout), kernel, module)
         case Experts():
             return y + routed(x, module)
     raise TypeError(f"no way to apply a {type(module).__name__} to a projection")
+
+
+def low_rank(x: jax.Array, module: LoRA | DoRA) -> jax.Array:
+    """x·a·b (..., O) for x (..., I), scaled: two thin products."""
+    return x @ module.a.astype(x.dtype) @ (module.scale * module.b).astype(x.dtype)
+
+
+def _magnified(x: jax.Array, kernel: jax.Array, module: DoRA) -> jax.Array:
+    """What DoRA adds (..., O) to the base's output: (g - 1)·x·kernel + g·x·a·b, with its gain g.
+
+    As in PEFT dropout reaches both terms; XLA shares x·kernel with the base where there is none.
+    """
+    g = gain(kernel, module)
+    return ((g - 1).astype(x.dtype) * (x @ kernel)) + g.astype(x.dtype) * low_rank(x, module)
 
 
 def _factor(module: IA3, like: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ from lora_jax.files import cache_folder
 def prepare() -> None:
     """Quiets the runtime's log, and keeps compiled programs so that a second run starts at once."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -4,6 +4,7 @@ An entry says which axes a weight has here, its shape, and what a checkpoint cal
 saving, initialisation and shardings all read the same table.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class Leaf:
     name: str
     transposed: bool = False  # a checkpoint stores (out, in), we hold (in, out)
     norm: bool = False  # a norm's gain: one at initialisation
+    new: float | None = None  # of a task's head, which a checkpoint may lack: its deviation then
 
     @property
     def stacked(self) -> bool:
@@ -41,6 +43,18 @@ class Leaf:
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a module's own weight of this shape, as stored, can take this one's place.
+
+        How many labels there are is its own affair.
+        """
+        axes, wanted = self.axes.removeprefix("N"), self.stored_shape()
+        letters = axes[::-1] if self.transposed else axes
+        return len(shape) == len(wanted) and all(
+            letter == "L" or one == other
+            for letter, one, other in zip(letters, shape, wanted, strict=True)
+        )
+
 
 Table = Mapping[str, Leaf]  # keyed "embed", "layers.self_attn.q_proj": the path in the weights
 
@@ -52,18 +66,27 @@ STACKS = ("layers", "encoder", "decoder")
 MESH_AXES = {"D": "fsdp", "H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
 
+def biased(key: str, leaf: Leaf) -> dict[str, Leaf]:
+    """A kernel or a norm's gain under its key, and the bias that is stored beside it."""
+    lead = int(leaf.stacked)
+    axes, shape = leaf.axes[:lead] + leaf.axes[-1], (*leaf.shape[:lead], leaf.shape[-1])
+    bias = Leaf(axes, shape, leaf.name.removesuffix("weight") + "bias", new=leaf.new)
+    return {key: leaf, f"{key}.bias": bias}
+
+
 def module_path(key: str) -> str:
     """What an adapter calls the weight at `key`."""
     return key.removeprefix("layers.")
 
 
+def is_projection(leaf: Leaf) -> bool:
+    """Whether a weight is a kernel that every layer has: what a module can change."""
+    return leaf.stacked and len(leaf.shape) == 3
+
+
 def kernels(table: Table) -> dict[str, Leaf]:
-    """The projections that every layer has, by module path: what a module can change."""
-    return {
-        module_path(key): leaf
-        for key, leaf in table.items()
-        if leaf.stacked and len(leaf.shape) == 3
-    }
+    """The projections that every layer has, by module path."""
+    return {module_path(key): leaf for key, leaf in table.items() if is_projection(leaf)}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +117,17 @@ def init(key: jax.Array, table: Table, dtype: Any = jnp.float32) -> dict[str, An
         return (draw / np.sqrt(fan_in)).astype(dtype)
 
     return nest({path: one(i, leaf) for i, (path, leaf) in enumerate(table.items())})
+
+
+def new_weight(path: str, leaf: Leaf) -> np.ndarray:
+    """The weight of a new head: always the same, so that every run sees one base model.
+
+    Kernels are drawn with the leaf's deviation, vectors are zero, as in transformers.
+    """
+    if leaf.new is None or len(leaf.shape) == 1:
+        return np.zeros(leaf.shape, np.float32)
+    random = np.random.default_rng(zlib.crc32(path.encode()))
+    return leaf.new * random.standard_normal(leaf.shape, np.float32)
 
 
 def abstract(table: Table, dtype: Any = jnp.float32) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates, as transformers reads them; nothing from the folder is run."""
 
-import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ Tokenizer = Any  # transformers.PreTrainedTokenizerFast; its import takes over a
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The fast tokenizer of a Hugging Face folder."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that torch is absent
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is absent
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").exists() and not any(folder.glob("tokenizer*")):
@@ -25,13 +25,30 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def opening_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The beginning-of-text token, if the tokenizer puts one before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """The token ids of each text, without special tokens added."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def chat(tokenizer: Tokenizer, messages: list[dict[str, str]], *, open_reply: bool = False) -> str:
-    """Messages as the model's chat template writes them; `open_reply` starts the next reply."""
+def chat(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, str]],
+    *,
+    open_reply: bool = False,
+    go_on: bool = False,
+) -> str:
+    """Messages as the model's chat template writes them.
+
+    `open_reply` starts the next reply; `go_on` leaves the last message open, to be gone on with.
+    """
     if not tokenizer.chat_template:
         raise InputError("this base model's tokenizer has no chat template; use plain text")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_reply)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=open_reply, continue_final_message=go_on
+    )

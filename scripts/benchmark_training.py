@@ -8,7 +8,6 @@ products (forward and input gradient of the frozen base; the unembedding where l
 rate of a large product in the same process.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -16,7 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from scripts.timing import show
 
@@ -24,18 +28,31 @@ ROWS, LENGTH, RANK, ALPHA, RATE = 8, 128, 8, 16.0, 1e-4
 TARGETS = ("q_proj", "v_proj")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Times LoRA's training here and in PEFT on torch, in turns, and prints the table."""
+
+    rounds: int = 3  # turns of each side
+    steps: int = 4  # timed steps a turn
+    worker: Annotated[Literal["ours", "peft"] | None, tyro.conf.Suppress] = None  # one side alone
+
+
 def main() -> None:
     """Prints the table; `--worker` is how it calls itself for one side."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a turn")
-    parser.add_argument("--worker", choices=("ours", "peft"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work = {"ours": ours, "peft": peft}[arguments.worker]
-        sys.stdout.write(json.dumps(work(arguments.steps)) + "\n")
+    settings = tyro.cli(Settings, prog="python -m scripts.benchmark_training")
+    if settings.worker:
+        work = {"ours": ours, "peft": peft}[settings.worker]
+        sys.stdout.write(json.dumps(work(settings.steps)) + "\n")
     else:
-        report(arguments.rounds, arguments.steps)
+        _refuse_without_peft()
+        report(settings.rounds, settings.steps)
+
+
+def _refuse_without_peft() -> None:
+    """Refuses at once where there is nothing to compare with."""
+    missing = [name for name in ("torch", "peft") if find_spec(name) is None]
+    if missing:
+        sys.exit(f"error: {' and '.join(missing)} not installed; run `make bench`")
 
 
 def report(rounds: int, steps: int) -> None:

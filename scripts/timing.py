@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +12,8 @@ from rich.table import Table
 def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """The median seconds of each candidate, after a warm-up, taken in turns so that all share the
     machine's good and bad moments."""
+    import jax  # not before a benchmark's arguments are read
+
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
         jax.block_until_ready(candidate())

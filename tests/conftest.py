@@ -14,9 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from lora_jax import checkpoint, models, modules, table
-from lora_jax.families import llama
+from lora_jax import bases, checkpoint, models, modules, table
+from lora_jax.families import llama, roberta, t5
+from lora_jax.files import cache_folder
+from lora_jax.rope import Rope
 
 # Compiling, not running, is what tiny programs cost: without its optimizer XLA takes a third.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -47,6 +50,7 @@ def config() -> llama.Config:
         kv_heads=2,
         head_width=8,
         context=128,
+        rope=Rope(8),
         tied=True,
     )
 
@@ -131,8 +135,33 @@ def base_folder(tmp_path_factory, config, weights) -> Path:
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory, random_weights) -> Path:
+    """A tiny T5 as a Hugging Face folder, its tokens the bytes; a text ends as T5's does."""
+    config = t5.Config(
+        vocabulary=264,
+        width=32,
+        hidden=48,
+        encoder_layers=2,
+        layers=3,
+        heads=4,
+        head_width=8,
+        tied=False,
+        scaled=False,
+        activation="gelu_new",
+        gated=True,
+        decoder_start=263,
+    )
+    folder = tmp_path_factory.mktemp("t5") / "tiny"
+    folder.mkdir()
+    checkpoint.write_model(folder, config, random_weights(config))
+    _write_tokenizer(folder, closed=True)
+    return folder
+
+
+def _write_tokenizer(folder: Path, *, closed: bool = False) -> None:
+    """A byte-level tokenizer with a chat template; `closed` puts the end of text after each."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import BPE
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -140,6 +169,9 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    if closed:
+        end = [(SPECIAL[1], 257)]
+        tokenizer.post_processor = processors.TemplateProcessing(f"$A {SPECIAL[1]}", None, end)
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -152,6 +184,48 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
 
 
+@pytest.fixture(scope="session")
+def gemma():
+    """Gemma-3-270M as we hold it; only where someone has accepted its terms and fetched it."""
+    if not (cache_folder() / "models" / "gemma3-270m" / "config.json").exists():
+        pytest.skip("not fetched; LORA_JAX_ACCEPT=gemma and a command with --base gemma3-270m do")
+    return bases.load_base("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory, random_weights) -> Path:
+    """A tiny RoBERTa without a head as a Hugging Face folder, its tokens the bytes."""
+    config = roberta.Config(
+        vocabulary=264, width=32, hidden=56, layers=2, heads=4, context=40, labels=("LABEL_0",) * 2
+    )
+    folder = tmp_path_factory.mktemp("classifier") / "tiny"
+    folder.mkdir()
+    checkpoint.write_model(folder, config, random_weights(config))
+    path = folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if not n.startswith("classifier")}, path)
+    described = json.loads((folder / "config.json").read_text())
+    kept = {key: v for key, v in described.items() if key not in ("id2label", "label2id")}
+    (folder / "config.json").write_text(json.dumps(kept))
+    _write_pair_tokenizer(folder)
+    return folder
+
+
+def _write_pair_tokenizer(folder: Path) -> None:
+    """RoBERTa's kind: <s> a </s>, and <s> a </s></s> b </s> of a pair."""
+    from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import BPE
+
+    special = ("<s>", "<pad>", "</s>")
+    alphabet = (*special, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = Tokenizer(BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), False, False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A function that puts a folder on a hub of no network, and gives the patterns fetched."""
@@ -159,7 +233,7 @@ def hub(monkeypatch):
     def put(folder: Path) -> list[list[str]]:
         fetched = []
 
-        def download(_, allow_patterns):
+        def download(_, allow_patterns, **options):
             fetched.append(allow_patterns)
             return str(folder)
 

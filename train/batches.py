@@ -5,21 +5,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
-from lora_jax.lengths import assign, choose_lengths
+from lora_jax.lengths import assign, choose_lengths, fixed_length
 from train.examples import Example
-from train.loss import Batch
+from train.loss import Batch, Source
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a row has room for."""
+
+    tokens: int
+    labels: int
+    source: int  # tokens that an encoder reads; 0 where there is none
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is cut into batches: rows (of one or more packed examples) by length."""
+    """How a data set is cut into batches: rows (of one or more packed examples) by shape."""
 
     examples: tuple[Example, ...]
     rows: tuple[tuple[int, ...], ...]  # examples of each row
-    lengths: np.ndarray  # (rows,), the fixed length each row is filled to
-    scored: dict[int, int]  # for each length, the labels a row has room for
+    shapes: tuple[Shape, ...]
+    shaped: np.ndarray  # (rows,), the number of each row's shape
     size: int  # rows a batch: forward rows times accumulation
     slots: int  # places for them: more where a mesh's devices do not divide the rows
     accumulate: int
@@ -27,7 +37,8 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimiser steps in one pass over the data."""
-        return sum(-(-int((self.lengths == n).sum()) // self.size) for n in self.scored)
+        counts = np.bincount(self.shaped, minlength=len(self.shapes))
+        return int(np.sum(-(-counts // self.size)))
 
 
 def make_plan(
@@ -40,15 +51,27 @@ def make_plan(
     """
     sizes = [len(e.tokens) for e in examples]
     rows = _packed(sizes, pack) if pack else [(i,) for i in range(len(examples))]
-    filled = [sum(sizes[i] for i in row) for row in rows]
-    lengths = assign(filled, choose_lengths(filled))
-    labels = np.asarray([sum(int(examples[i].learned.sum()) for i in row) for row in rows])
-    scored = {int(n): int(-(-labels[lengths == n].max() // 8) * 8) for n in np.unique(lengths)}
-    scored = {n: min(k, n) for n, k in scored.items()}
+    shapes, shaped = _shapes([[examples[i] for i in row] for row in rows])
     slots = -(-batch // multiple) * multiple * accumulate
-    return Plan(
-        tuple(examples), tuple(rows), lengths, scored, batch * accumulate, slots, accumulate
-    )
+    return Plan(tuple(examples), tuple(rows), shapes, shaped, batch * accumulate, slots, accumulate)
+
+
+def _shapes(rows: list[list[Example]]) -> tuple[tuple[Shape, ...], np.ndarray]:
+    """A few shapes that hold rows of examples, and the number of each row's.
+
+    Rows are told apart by their tokens, or by their sources' where these are more.
+    """
+    filled = np.asarray([sum(len(e.tokens) for e in row) for row in rows])
+    read = np.asarray([sum(len(e.source) for e in row) for row in rows])
+    labels = np.asarray([sum(int(e.learned.sum()) for e in row) for row in rows])
+    longer = max(filled, read, key=np.sum)
+    _, shaped = np.unique(assign(longer, choose_lengths(longer)), return_inverse=True)
+
+    def shape(inside: np.ndarray) -> Shape:
+        tokens, source = (fixed_length(side[inside].max()) for side in (filled, read))
+        return Shape(tokens, min(-(-int(labels[inside].max()) // 8) * 8, tokens), source)
+
+    return tuple(shape(shaped == n) for n in range(shaped.max() + 1)), shaped
 
 
 def _packed(sizes: list[int], capacity: int) -> list[tuple[int, ...]]:
@@ -68,12 +91,12 @@ def _packed(sizes: list[int], capacity: int) -> list[tuple[int, ...]]:
 
 
 def epoch_batches(plan: Plan, seed: int, epoch: int) -> list[np.ndarray]:
-    """The row numbers of each batch of a pass, shuffled; a batch has rows of one length."""
+    """The row numbers of each batch of a pass, shuffled; a batch has rows of one shape."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(plan.rows))
     batches = []
-    for length in plan.scored:
-        chosen = order[plan.lengths[order] == length]
+    for number in range(len(plan.shapes)):
+        chosen = order[plan.shaped[order] == number]
         batches += [chosen[i : i + plan.size] for i in range(0, len(chosen), plan.size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
@@ -88,9 +111,9 @@ def batches_from(plan: Plan, seed: int, step: int) -> Iterator[np.ndarray]:
 
 def assemble(plan: Plan, rows: np.ndarray) -> Batch:
     """The arrays of a batch, (accumulate, rows, ...); rows that are missing are left empty."""
-    length = int(plan.lengths[rows[0]])
-    shape, room = (plan.slots, length), (plan.slots, plan.scored[length])
-    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    shape = plan.shapes[plan.shaped[rows[0]]]
+    size, room = (plan.slots, shape.tokens), (plan.slots, shape.labels)
+    tokens, segments, positions = (np.zeros(size, np.int32) for _ in range(3))
     scored, targets = (np.zeros(room, np.int32) for _ in range(2))
     weights = np.zeros(room, np.float32)
     for slot, row in enumerate(rows):
@@ -101,11 +124,29 @@ def assemble(plan: Plan, rows: np.ndarray) -> Batch:
         segments[slot, : len(ids)] = np.repeat(np.arange(len(parts)) + 1, counts)
         positions[slot, : len(ids)] = np.concatenate([np.arange(n) for n in counts])
         at = np.flatnonzero(np.concatenate([p.learned for p in parts]))
-        scored[slot, : len(at)], targets[slot, : len(at)] = at - 1, ids[at]
+        labels = [p.label for p in parts if p.label is not None]
+        where, what = (at, labels) if labels else (at - 1, ids[at])
+        scored[slot, : len(at)], targets[slot, : len(at)] = where, what
         weights[slot, : len(at)] = 1
-    fold = (plan.accumulate, plan.slots // plan.accumulate, -1)
     arrays: Any = (tokens, segments, positions, scored, targets, weights)
-    return Batch(*(x.reshape(fold) for x in arrays))
+    source = _sources(plan, rows, shape.source) if shape.source else None
+    fold = (plan.accumulate, plan.slots // plan.accumulate, -1)
+    return jax.tree.map(lambda x: x.reshape(fold), Batch(*arrays, source=source))
+
+
+def _sources(plan: Plan, rows: np.ndarray, length: int) -> Source:
+    """What an encoder reads of a batch's rows, which are not packed."""
+    read: Any = [np.zeros((plan.slots, length), np.int32) for _ in range(2)]
+    for slot, row in enumerate(rows):
+        ids = plan.examples[plan.rows[row][0]].source
+        read[0][slot, : len(ids)], read[1][slot, : len(ids)] = ids, 1
+    return Source(*read)
+
+
+def count_tokens(batch: Batch) -> int:
+    """The tokens of a batch, without padding."""
+    sides = [batch.segments] if batch.source is None else [batch.segments, batch.source.segments]
+    return sum(int((side > 0).sum()) for side in sides)
 
 
 def places(plan: Plan, rows: np.ndarray) -> str:

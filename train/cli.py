@@ -6,18 +6,16 @@ import tyro
 
 from lora_jax.errors import InputError
 from train.config import Config
-from train.presets import PRESETS, preset
+from train.presets import preset
 
 
 def parse(arguments: list[str]) -> Config:
     """The run that the command line describes; a preset's settings are its defaults."""
     name = _preset_name(arguments)
     chosen = preset(name) if name else {}
-    names = ", ".join(PRESETS)
     return tyro.cli(
         Config,
         prog="lora-train",
-        description=f"{Config.__doc__}\n\nPresets with the papers' settings: {names}.",
         args=arguments,
         default=Config(data=(), out=tyro.MISSING, preset=name, **chosen),
         config=(tyro.conf.FlagCreatePairsOff,),

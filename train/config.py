@@ -8,20 +8,23 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lora_jax.errors import InputError, refuse_all
+from train.presets import PRESETS
 
-Data = Annotated[tuple[str, ...], tyro.conf.Positional]
+Data = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+Preset = Annotated[str, tyro.conf.arg(help=f"a paper's settings as defaults: {', '.join(PRESETS)}")]
 
 
 @dataclass(frozen=True)
 class Config:
     """Trains a LoRA or IA3 module on a frozen base model and writes it in PEFT's format."""
 
-    data: Data  # JSONL files, text files (.txt), or one hub data set as hub:NAME[:SPLIT]
+    data: Data  # .jsonl and .txt files, hf://datasets/USER/REPO/FILE, hub:NAME[:SPLIT]
     out: Path  # folder of the adapter, its metrics, its loss curve and its checkpoints
-    base: str = "smollm2-135m"  # "smollm2-135m", a Hugging Face folder, a GGUF file, a hub id
-    preset: str = ""  # a paper's settings as defaults: see the names in train/presets.py
+    base: str = "smollm2-135m"  # "smollm2-135m", a Hugging Face folder, a GGUF file, hf://USER/REPO
+    quantize: Literal["none", "int8", "nf4"] = "none"  # holds the frozen projections in few bits
+    preset: Preset = ""
 
-    kind: Literal["lora", "ia3"] = "lora"  # kind of module
+    kind: Literal["lora", "dora", "ia3"] = "lora"  # kind of module; DoRA takes LoRA's settings
     targets: tuple[str, ...] = ()  # LoRA's projections; all-linear (default: the attention's)
     rank: int = 8  # LoRA's rank
     alpha: float = 16.0  # LoRA's scale is alpha / rank
@@ -29,11 +32,14 @@ class Config:
     dropout: float = 0.0  # on a LoRA's input, while training
     ia3_layout: Literal["peft", "pem"] = "peft"  # which activations IA3 rescales
     init_seed: int = 0  # modules to be composed should share their initialisation
-    start_from: Path | None = None  # an adapter to go on training instead of a new one
+    start_from: str | None = None  # an adapter to go on training instead of a new one
 
     objective: Literal["task", "language-model", "next-tokens"] = "task"  # rows, or plain text
     prompt: str = ""  # template over a row's fields, such as "Question: {question}\nAnswer:"
     completion: str = ""  # template of what follows the prompt, such as " {answer}"
+    second: str = ""  # classifiers: template of the second text of a pair; --prompt is the first
+    label: str = "label"  # classifiers: the field of a row's label, its name or its number
+    labels: tuple[str, ...] = ()  # classifiers: the labels' names, by number (default: the base's)
     loss_on: Literal["completion", "all"] = "completion"  # which tokens of a row are learned
     chat: bool = False  # put {prompt, completion} rows into the base's chat template
     context: int = 507  # next-tokens: tokens given (GenKnowSub, section 3)
@@ -89,8 +95,8 @@ def checked(config: Config) -> Config:
         problems.append("give at least one data file, or hub:NAME")
     if config.resume and config.overwrite:
         problems.append("--resume and --overwrite exclude each other")
-    if bool(config.prompt) != bool(config.completion):
-        problems.append("--prompt and --completion are templates that need each other")
+    if config.completion and not config.prompt:
+        problems.append("--completion is the template of what follows --prompt; give both")
     refuse_all(problems, "lora-train")
     return config
 

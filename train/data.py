@@ -1,26 +1,33 @@
 """A run's data: read, limited, split into trained and held out, and planned as batches."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from jax.sharding import Mesh
 
+from lora_jax import models
 from lora_jax.bases import Base
 from lora_jax.errors import InputError
 from lora_jax.mesh import rows_multiple
 from lora_jax.progress import say
 from lora_jax.tokens import load_tokenizer
 from train.batches import Plan, make_plan
+from train.classify import load_labelled, refuse_misfits
 from train.config import Config
 from train.examples import Example, Loaded, load_examples
+from train.sourced import load_sourced
 
 
 def plan_data(config: Config, base: Base, mesh: Mesh | None) -> tuple[Plan, Plan | None]:
     """The batches to train on, and the held-out ones if there are any."""
     reach = _reach(config, base)
-    tokenizer = load_tokenizer(base.folder)
-    loaded = load_examples(config, config.data, tokenizer, config.limit)
+    refuse_misfits(config, base.config)
+    load = _loader(config, base)
+    loaded = load(config.data, limit=config.limit)
     _tell(loaded, config, ", ".join(config.data))
     if config.validation_data:
-        apart = load_examples(config, config.validation_data, tokenizer)
+        apart = load(config.validation_data)
         _tell(apart, config, ", ".join(config.validation_data))
         examples, held = list(loaded.examples), list(apart.examples)
     else:
@@ -32,6 +39,18 @@ def plan_data(config: Config, base: Base, mesh: Mesh | None) -> tuple[Plan, Plan
     }
     plan = make_plan(examples, accumulate=config.accumulate, **size)
     return plan, make_plan(held, accumulate=1, **size) if held else None
+
+
+def _loader(config: Config, base: Base) -> Callable[..., Loaded]:
+    """What turns sources into examples for a base model of this kind."""
+    tokenizer, kind = load_tokenizer(base.folder), models.kind(base.config)
+    if kind == "classifier":
+        labels = models.label_names(base.config)
+        return partial(load_labelled, config, tokenizer=tokenizer, labels=labels)
+    if kind == "encoder-decoder":
+        start = models.start_token(base.config)
+        return partial(load_sourced, config, tokenizer=tokenizer, start=start)
+    return partial(load_examples, config, tokenizer=tokenizer)
 
 
 def _reach(config: Config, base: Base) -> int:

@@ -1,12 +1,13 @@
 """Rows to examples: token ids, and which of them are learned."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from lora_jax.errors import InputError
-from lora_jax.tokens import Tokenizer, encode
+from lora_jax.tokens import Tokenizer, encode, opening_tokens
 from train.config import Config
 from train.pairs import pair
 from train.rows import Row, read_rows, read_texts
@@ -20,6 +21,9 @@ class Example:
     learned: np.ndarray  # (T,) bool
     place: str
     cut: bool = False  # it was longer than the run's length
+    # (S,) int32, what an encoder reads; `tokens` are the decoder's then.
+    source: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))
+    label: int | None = None  # what a classifier says at the learned token, which is the first then
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,15 @@ def load_examples(
 ) -> Loaded:
     """The examples of some sources, cut to the run's length; at most `limit` if it is given."""
     if config.objective == "task":
-        examples = _tasks(_drawn(read_rows(sources), config, limit), config, tokenizer)
+        examples = _tasks(drawn(read_rows(sources), config, limit), config, tokenizer)
     else:
         place = ", ".join(sources)
         examples = _segments(read_texts(sources), config, tokenizer, place, limit)
+    return learnable(examples, config, sources)
+
+
+def learnable(examples: list[Example], config: Config, sources: tuple[str, ...]) -> Loaded:
+    """Those of the examples that have something to learn; refused if none has."""
     kept = tuple(e for e in examples if e.learned.any())
     if not kept:
         raise InputError(
@@ -49,7 +58,7 @@ def load_examples(
     return Loaded(kept, sum(e.cut for e in examples), len(examples) - len(kept))
 
 
-def _drawn(rows: list[Row], config: Config, limit: int) -> list[Row]:
+def drawn(rows: list[Row], config: Config, limit: int) -> list[Row]:
     """`limit` of the rows, drawn by the seed, in their order; all of them if it is 0."""
     if not limit:
         return rows
@@ -62,7 +71,7 @@ def _tasks(rows: list[Row], config: Config, tokenizer: Tokenizer) -> list[Exampl
     pairs = [pair(row, config, tokenizer) for row in rows]
     whole = [prompt + completion for prompt, completion in pairs]
     texts = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    bos = _bos(tokenizer)
+    bos = opening_tokens(tokenizer)
     examples = []
     for row, (prompt, _), text, ids, spans in zip(
         rows, pairs, whole, texts["input_ids"], texts["offset_mapping"], strict=True
@@ -71,17 +80,11 @@ def _tasks(rows: list[Row], config: Config, tokenizer: Tokenizer) -> list[Exampl
         ends = np.asarray([end for _, end in spans], np.int32)
         learned = np.ones(len(ids), bool) if config.loss_on == "all" else ends > len(prompt)
         learned = np.r_[np.zeros(len(start), bool), learned]
-        examples.append(_example(start + ids, learned, config.length, row.place))
+        examples.append(example(start + ids, learned, config.length, row.place))
     return examples
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    """The beginning-of-text token, if the tokenizer puts one before a text."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _example(ids: list[int], learned: np.ndarray, length: int, place: str) -> Example:
+def example(ids: list[int], learned: np.ndarray, length: int, place: str) -> Example:
     """The tokens and their mask, both cut to `length`."""
     mask = np.array(learned[:length], bool)
     mask[:1] = False  # nothing predicts the first token
@@ -95,15 +98,19 @@ def _segments(
 
     "next-tokens" is GenKnowSub's objective (section 3): a context, and the loss on the few tokens
     after it (or on all of them, as its released code has it); what is left over at the end is no
-    segment. "language-model" learns every token.
+    segment. "language-model" learns every token. A segment begins as a text does, with the
+    beginning-of-text token if the tokenizer puts one: Gemma reads nothing without it.
     """
     few = config.objective == "next-tokens"
     size = config.context + config.predict if few else config.length
-    stream = _stream(texts, tokenizer, limit * size, config.seed)
+    opening = np.asarray(opening_tokens(tokenizer), np.int32)
+    room = size - len(opening)
+    stream = _stream(texts, tokenizer, limit * room, config.seed)
     first = config.context if few and config.loss_on == "completion" else 1
     learned = np.arange(size) >= first
-    starts = range(0, len(stream) - (size - 1 if few else 1), size)
-    pieces = [stream[start : start + size] for start in starts][: limit or None]
+    starts = range(0, len(stream) - (room - 1 if few else 1), room)
+    cuts = [stream[start : start + room] for start in starts][: limit or None]
+    pieces = [np.concatenate([opening, cut]) for cut in cuts]
     return [Example(p, learned[: len(p)], f"{place} segment {n}") for n, p in enumerate(pieces)]
 
 

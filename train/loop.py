@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 
 from lora_jax.errors import InputError
 from lora_jax.mesh import put_batch
-from train.batches import Plan, assemble, batches_from, places
+from train.batches import Plan, assemble, batches_from, count_tokens, places
 from train.checkpoints import Saver
 from train.config import Config
 from train.record import append_metrics
@@ -61,7 +61,7 @@ def fit(run: Run, state: State, progress: Progress, task: TaskID) -> State:
     for step in range(first, run.steps):
         rows = next(batches)
         batch = assemble(run.plan, rows)
-        tokens = int((batch.segments > 0).sum())
+        tokens = count_tokens(batch)
         state, metrics = run.programs.train(run.weights, state, put_batch(batch, run.mesh, axis=1))
         if flying is not None:
             since = _land(run, flying, since, state, progress, task)
@@ -91,8 +91,10 @@ def _pause(run: Run, state: State) -> State:
     """Validates, if it is time; then saves the state."""
     step = int(state.step)
     if _validates(step, run):
-        loss = validation_loss(run, state.adapter)
-        append_metrics(run.metrics, {"step": step, "validation_loss": loss})
+        means = validation(run, state.adapter)
+        row = {f"validation_{name}": value for name, value in means.items()}
+        append_metrics(run.metrics, {"step": step, **row})
+        loss = means["loss"]
         if not np.isfinite(loss):
             raise InputError(
                 f"the validation after step {step} gave loss {loss}; the checkpoints before it are "
@@ -108,15 +110,19 @@ def _pause(run: Run, state: State) -> State:
     return state
 
 
-def validation_loss(run: Run, adapter: Any) -> float:
-    """The mean loss a label over the held-out rows; every batch is under way before one is read."""
+def validation(run: Run, adapter: Any) -> dict[str, float]:
+    """The means a label over the held-out rows: "loss", and of a classifier "accuracy".
+
+    Every batch is under way before one is read.
+    """
     assert run.held_out is not None
     sums = [
         run.programs.validate(run.weights, adapter, put_batch(batch, run.mesh, axis=1))
         for batch in _once(run.held_out)
     ]
-    total, labels = (sum(float(part[i]) for part in sums) for i in (0, 1))
-    return total / labels
+    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    labels = totals.pop("labels")
+    return {name: total / labels for name, total in totals.items()}
 
 
 def _once(plan: Plan) -> Iterator[Any]:

@@ -16,6 +16,14 @@ CHUNK = 512  # positions whose logits exist at a time
 
 
 @struct.dataclass
+class Source:
+    """Rows of tokens that an encoder reads."""
+
+    tokens: jax.Array  # (B, S)
+    segments: jax.Array  # (B, S), 1, or 0 for padding
+
+
+@struct.dataclass
 class Batch:
     """Rows of tokens, and the positions that are scored (K a row, the same for every row)."""
 
@@ -23,8 +31,9 @@ class Batch:
     segments: jax.Array  # (B, T), 0 is padding; packed texts are numbered from 1
     positions: jax.Array  # (B, T), counted within each text
     scored: jax.Array  # (B, K), where the hidden state predicts a label
-    targets: jax.Array  # (B, K), the token that follows
+    targets: jax.Array  # (B, K), the token that follows, or a classifier's label
     weights: jax.Array  # (B, K), 1, or 0 for filling
+    source: Source | None = None  # where the base model is an encoder-decoder
 
 
 def token_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> jax.Array:
@@ -95,6 +104,27 @@ def batch_loss(
     remat: bool = False,
 ) -> jax.Array:
     """The sum over a batch's labels of their negative log-likelihoods, in nats."""
+    return batch_sums(config, weights, adapter, batch, dropout=dropout, remat=remat)["loss"]
+
+
+def batch_sums(
+    config: models.Config,
+    weights: Any,
+    adapter: Adapter,
+    batch: Batch,
+    *,
+    dropout: Dropout | None = None,
+    remat: bool = False,
+) -> dict[str, jax.Array]:
+    """Sums over a batch's labels: "loss", in nats, "labels", how many there are, and "accuracy".
+
+    The last, how many were the likeliest, is there only if the base model is a classifier.
+    """
+    options = {"dropout": dropout, "remat": remat}
+    memory = None
+    if batch.source is not None:
+        source = (batch.source.tokens, batch.source.segments)
+        memory = models.encode(config, weights, adapter, *source, **options)
     hidden = models.forward(
         config,
         weights,
@@ -102,11 +132,21 @@ def batch_loss(
         batch.tokens,
         segments=batch.segments,
         positions=batch.positions,
-        dropout=dropout,
-        remat=remat,
+        memory=memory,
+        **options,
     ).hidden
     scored = jnp.take_along_axis(hidden, batch.scored[..., None], axis=1)
+    labels = {"labels": batch.weights.sum()}
+    if models.kind(config) == "classifier":
+        return labels | _label_sums(models.label_logits(config, weights, adapter, scored), batch)
     head = models.unembedding(config, weights, adapter)
     losses = trained_losses if models.trains_unembedding(adapter) else token_losses
     flat = losses(scored.reshape(-1, scored.shape[-1]), head, batch.targets.reshape(-1))
-    return jnp.sum(flat * batch.weights.reshape(-1))
+    return labels | {"loss": jnp.sum(flat * batch.weights.reshape(-1))}
+
+
+def _label_sums(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """The summed loss of logits (B, K, labels), and how many of the likeliest are right."""
+    losses, _ = cross_entropy(logits.astype(jnp.float32), batch.targets)
+    right = jnp.argmax(logits, axis=-1) == batch.targets
+    return {"loss": jnp.sum(losses * batch.weights), "accuracy": jnp.sum(right * batch.weights)}

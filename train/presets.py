@@ -36,6 +36,16 @@ _PEM = {
     "init_seed": 42,
     "seed": 42,
 }
+_PEM_LORA = _PEM | {
+    "kind": "lora",
+    "targets": ("q_proj", "v_proj"),
+    "rank": 8,
+    "alpha": 8.0,
+    "dropout": 0.1,
+    "learning_rate": 1e-3,
+    "batch": 32,
+    "steps": 6000,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Task modules: the whole chat-formatted text is learned, one row at a time, 16 a step.
@@ -53,17 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip": 2.0,
     },
     # The GLUE runs whose names survive: LoRA rank 8 at 1e-3, IA3 at 2e-2.
-    "pem-lora": _PEM
-    | {
-        "kind": "lora",
-        "targets": ("q_proj", "v_proj"),
-        "rank": 8,
-        "alpha": 8.0,
-        "dropout": 0.1,
-        "learning_rate": 1e-3,
-        "batch": 32,
-        "steps": 6000,
-    },
+    "pem-lora": _PEM_LORA,
+    "pem-lora-roberta": _PEM_LORA | {"targets": ("query", "value")},
     "pem-ia3": _PEM
     | {
         "kind": "ia3",

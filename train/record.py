@@ -9,6 +9,7 @@ from lora_jax.bases import Base
 from lora_jax.files import sha256, write_text
 from lora_jax.provenance import environment
 from train.config import Config
+from train.rows import existing
 
 
 def provenance(config: Config, base: Base) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def provenance(config: Config, base: Base) -> dict[str, Any]:
     files = [p for p in (*config.data, *config.validation_data) if not p.startswith("hub:")]
     return {
         "base_sha256": base.digest,
-        "data_sha256": {path: sha256(Path(path).expanduser()) for path in files},
+        "data_sha256": {path: sha256(existing(path)) for path in files},
         **environment(),
     }
 

@@ -1,9 +1,10 @@
-"""Rows of data from JSONL and text files or the hub, each knowing where it came from."""
+"""Rows of data from JSONL and text files, here or on the hub, each knowing where it came from."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_jax.errors import InputError
+from lora_jax.hub import local
 from lora_jax.rows import Row, load_split, read_jsonl, read_lines
 
 
@@ -19,16 +20,20 @@ def _read(source: str) -> Iterator[Row]:
     if source.startswith("hub:"):
         yield from _from_hub(source)
         return
-    path = _existing(source)
+    path = existing(source)
     if path.suffix == ".txt":
         raise InputError(f"{path} is plain text; use --objective language-model or next-tokens")
     yield from read_jsonl(path)
 
 
-def _existing(source: str) -> Path:
-    path = Path(source).expanduser()
+def existing(source: str) -> Path:
+    """The data file that a path or an address on the hub names."""
+    path = local(source)
     if not path.is_file():
-        raise InputError(f"{path} is not a file; give a .jsonl or .txt file, or hub:NAME")
+        raise InputError(
+            f"{path} is not a file; give a .jsonl or .txt file, hf://datasets/USER/REPO/FILE or "
+            f"hub:NAME"
+        )
     return path
 
 
@@ -45,10 +50,12 @@ def read_texts(sources: Iterable[str]) -> list[str]:
     """Plain texts: the paragraphs of .txt files (a line each), or the `text` field of rows."""
     texts: list[str] = []
     for source in sources:
-        if Path(source).suffix == ".txt":
-            texts += [line.strip() for line in read_lines(_existing(source)) if line.strip()]
+        if source.startswith("hub:"):
+            texts += map(_text, _from_hub(source))
+        elif (path := existing(source)).suffix == ".txt":
+            texts += [line.strip() for line in read_lines(path) if line.strip()]
         else:
-            texts += [_text(row) for row in _read(source)]
+            texts += map(_text, read_jsonl(path))
     if not texts:
         raise InputError(f"no text in {', '.join(sources)}; the data set is empty")
     return texts

@@ -1,5 +1,6 @@
 """A training run from its config to the folder it leaves behind."""
 
+import math
 import shutil
 import tempfile
 import time
@@ -10,19 +11,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from compose.inputs import located
 from lora_jax import models, peft
-from lora_jax.bases import Base, load_base
+from lora_jax.bases import Base, load_base, load_config
+from lora_jax.dora import with_magnitudes
 from lora_jax.errors import InputError
 from lora_jax.files import read_json, refuse_existing, write_json
 from lora_jax.mesh import make_mesh, replicated
-from lora_jax.modules import Adapter, init_ia3, init_lora
+from lora_jax.modules import Adapter, Module, init_ia3, init_lora, resolve_targets
+from lora_jax.peft.settings import read_settings
 from lora_jax.progress import bar, say
+from lora_jax.wheels import published
 from train.checkpoints import Saver, open_checkpoints, restore
+from train.classify import first_head
 from train.config import Config, as_json, checked, refuse_other_run
 from train.data import plan_data
 from train.interrupt import stop_asked
 from train.loop import Run, fit
 from train.record import draw_losses, forget_after, provenance, read_metrics
+from train.rows import existing
 from train.step import State, make_programs
 
 RECORD = "training.json"  # the run's config and provenance, beside the adapter
@@ -41,7 +48,8 @@ def train(config: Config, base: Base | None = None) -> Path:
         say(f"{config.out} is finished; nothing is left to resume")
         return config.out
     mesh = _mesh(config)
-    base = base or load_base(config.base, mesh=mesh)
+    _refuse_mistyped(config, base)
+    base = base or _loaded(config, mesh)
     plan, held_out = plan_data(config, base, mesh)
     steps = config.steps or max(round(config.epochs * plan.steps), 1)
     programs = make_programs(config, base.config, steps, mesh)
@@ -64,6 +72,24 @@ def train(config: Config, base: Base | None = None) -> Path:
             saver.wait()
     _write_result(run, state, base, record | {"seconds": round(time.perf_counter() - began, 2)})
     return config.out
+
+
+def _refuse_mistyped(config: Config, base: Base | None) -> None:
+    """Refuses data, an adapter or projections that are not there, before weights are read."""
+    for source in (*config.data, *config.validation_data):
+        if not source.startswith("hub:"):
+            existing(source)
+    if config.start_from is not None:
+        read_settings(located(config.start_from))
+    shapes = models.projections(base.config if base else load_config(config.base))
+    if config.kind != "ia3":
+        resolve_targets(config.targets, shapes)
+
+
+def _loaded(config: Config, mesh: Mesh | None) -> Base:
+    """The base model that the config names."""
+    say(f"loading {config.base}")
+    return load_base(config.base, mesh=mesh, labels=config.labels, quantization=config.quantize)
 
 
 def _mesh(config: Config) -> Mesh | None:
@@ -103,13 +129,23 @@ def _open_folder(config: Config) -> None:
 
 
 def first_adapter(config: Config, base: Base) -> Adapter:
-    """The module as it is before the first step."""
+    """The module as it is before the first step, with the head that a classifier trains too."""
+    head = first_head(base.config, base.weights)
     if config.start_from is not None:
-        return peft.load_adapter(config.start_from, base.config)
+        return head | peft.load_adapter(located(config.start_from), base.config)
+    return _new_module(config, base) | head
+
+
+def _new_module(config: Config, base: Base) -> dict[str, Module]:
+    """A new LoRA, DoRA or IA3, which changes nothing yet."""
     shapes = models.projections(base.config)
     if config.kind == "ia3":
-        return init_ia3(shapes, models.ia3_layouts(base.config)[config.ia3_layout])
-    return init_lora(
+        layouts = models.ia3_layouts(base.config)
+        if config.ia3_layout not in layouts:
+            lost = f"--ia3-layout {config.ia3_layout} has no place in this base model"
+            raise InputError(f"{lost}; choose {' or '.join(layouts)}")
+        return dict(init_ia3(shapes, layouts[config.ia3_layout]))
+    lora = init_lora(
         jax.random.key(config.init_seed),
         shapes,
         targets=config.targets or models.default_targets(base.config),
@@ -117,6 +153,7 @@ def first_adapter(config: Config, base: Base) -> Adapter:
         alpha=config.alpha,
         rslora=config.rslora,
     )
+    return dict(with_magnitudes(lora, base.weights) if config.kind == "dora" else lora)
 
 
 def _fit_with_progress(run: Run, state: State) -> State:
@@ -132,7 +169,7 @@ def _write_result(run: Run, state: State, base: Base, record: dict[str, Any]) ->
     config, out = run.config, run.config.out
     adapter = state.best if np.isfinite(float(state.best_loss)) else state.adapter
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        peft.write_adapter(Path(scratch), adapter, base.config, base_name=config.base)
+        peft.write_adapter(Path(scratch), adapter, base.config, base_name=published(config.base))
         for path in Path(scratch).iterdir():
             path.replace(out / path.name)
     metrics = read_metrics(run.metrics)
@@ -148,3 +185,6 @@ def _write_result(run: Run, state: State, base: Base, record: dict[str, Any]) ->
             "examples": len(run.plan.examples),
         },
     )
+    last = next((row["loss"] for row in reversed(metrics) if "loss" in row), math.nan)
+    held_out = f"lowest validation loss {best:.4g}" if np.isfinite(best) else "no validation"
+    say(f"{int(state.step)} steps, last training loss {last:.4g}, {held_out}: {out}")

@@ -15,7 +15,7 @@ from lora_jax.mesh import replicated
 from lora_jax.modules import Adapter
 from lora_jax.project import Dropout
 from train.config import Config
-from train.loss import Batch, batch_loss
+from train.loss import Batch, batch_loss, batch_sums
 
 
 @struct.dataclass
@@ -36,7 +36,7 @@ class Programs:
 
     start: Callable[[Adapter], State]
     train: Callable[[Any, State, Batch], tuple[State, dict[str, jax.Array]]]
-    validate: Callable[[Any, Adapter, Batch], tuple[jax.Array, jax.Array]]
+    validate: Callable[[Any, Adapter, Batch], dict[str, jax.Array]]
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -86,10 +86,10 @@ def make_programs(
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
         return next_state(optimizer, state, gradient, failed), metrics
 
-    def validate(weights: Any, adapter: Adapter, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The summed loss of a batch, and its number of labels."""
+    def validate(weights: Any, adapter: Adapter, batch: Batch) -> dict[str, jax.Array]:
+        """The sums over a batch that validation averages."""
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        return batch_loss(model, weights, adapter, flat), flat.weights.sum()
+        return batch_sums(model, weights, adapter, flat)
 
     # Said outright, or the compiler cuts the state as it likes and the second step compiles anew.
     placed = None if mesh is None else replicated(mesh)

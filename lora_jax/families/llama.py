@@ -1,14 +1,16 @@
-"""The Llama family: LLaMA, SmolLM2, Mistral, Qwen2. Pure functions over stacked weights."""
+"""The Llama family: LLaMA, SmolLM2, Mistral, Qwen2, Qwen3. Pure functions over stacked weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lora_jax import rope
 from lora_jax.decoder import Layer, Places
 from lora_jax.errors import refuse_all
-from lora_jax.parts import rms_norm, rope_tables, rotate
+from lora_jax.parts import rms_norm, rotate
 from lora_jax.table import Leaf
 
 Array = jax.Array
@@ -40,55 +42,15 @@ class Config:
     kv_heads: int
     head_width: int
     context: int
-    rope_base: float = 10_000.0
+    rope: rope.Rope
     eps: float = 1e-6
     tied: bool = False  # the unembedding is the embedding
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys are normed, head by head
     window: int | None = None  # attention reaches this many positions back
-
-
-def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
-    """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = raw["model_type"]
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        problems.append(f"rope scaling {rope!r} is not supported yet")
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
-    window = _window(raw)
-    if window is not None and kind == "qwen2" and raw.get("max_window_layers", 28) != 0:
-        problems.append("a sliding window on some layers only (max_window_layers) is not supported")
-    refuse_all(problems, where)
-    heads = raw["num_attention_heads"]
-    bias = raw.get("attention_bias", False)
-    return Config(
-        kind=kind,
-        vocabulary=raw["vocab_size"],
-        width=raw["hidden_size"],
-        hidden=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_width=raw.get("head_dim") or raw["hidden_size"] // heads,
-        context=raw.get("max_position_embeddings", 2048),
-        rope_base=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-        eps=raw.get("rms_norm_eps", 1e-6),
-        tied=raw.get("tie_word_embeddings", False),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias,
-        mlp_bias=raw.get("mlp_bias", False),
-        window=window,
-    )
-
-
-def _window(raw: Mapping[str, Any]) -> int | None:
-    """The attention window, with transformers' defaults where the config is silent."""
-    if raw["model_type"] == "mistral":
-        return raw.get("sliding_window", 4096)
-    return raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
+    unwindowed: tuple[int, ...] = ()  # but in these layers
 
 
 _NEEDED = (
@@ -98,7 +60,86 @@ _NEEDED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+# What transformers takes where a config is silent.
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
+
+
+def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
+    """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
+    kind = raw["model_type"]
+    raw = {**_DEFAULTS[kind], **raw}
+    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
+    if raw.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
+    refuse_all(problems + rope.problems(raw) + _unknown_layers(raw), where)
+    heads = raw["num_attention_heads"]
+    head_width = raw.get("head_dim") or raw["hidden_size"] // heads
+    bias = raw.get("attention_bias", False) and kind in ("llama", "qwen3")
+    window, unwindowed = _window(raw)
+    return Config(
+        kind=kind,
+        vocabulary=raw["vocab_size"],
+        width=raw["hidden_size"],
+        hidden=raw["intermediate_size"],
+        layers=raw["num_hidden_layers"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_width=head_width,
+        context=raw["max_position_embeddings"],
+        rope=rope.from_huggingface(raw, head_width),
+        eps=raw.get("rms_norm_eps", 1e-6),
+        tied=raw.get("tie_word_embeddings", False),
+        qkv_bias=bias or kind == "qwen2",
+        output_bias=bias,
+        mlp_bias=raw.get("mlp_bias", False) and kind == "llama",
+        qk_norm=kind == "qwen3",
+        window=window,
+        unwindowed=unwindowed,
+    )
+
+
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+
+
+def _unknown_layers(raw: Mapping[str, Any]) -> list[str]:
+    """What a config's layer_types ask that is not known."""
+    types, count = raw.get("layer_types") or [], raw.get("num_hidden_layers")
+    unknown = sorted(set(types) - {_FULL, _WINDOWED})
+    problems = [f"a layer of type {kind!r} is not supported" for kind in unknown]
+    if len(types) not in (0, count):
+        problems.append(f"layer_types has {len(types)} layers, not {count}")
+    return problems
+
+
+def _window(raw: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    """The attention window, and the layers that attend without it."""
+    kind, count = raw["model_type"], raw["num_hidden_layers"]
+    if kind == "mistral":
+        return raw["sliding_window"], ()
+    if kind == "llama" or not raw["use_sliding_window"] or raw["sliding_window"] is None:
+        return None, ()
+    from_layer = [_FULL if n < raw["max_window_layers"] else _WINDOWED for n in range(count)]
+    types = raw.get("layer_types") or from_layer
+    unwindowed = tuple(n for n in range(count) if types[n] == _FULL)
+    return (raw["sliding_window"], unwindowed) if len(unwindowed) < count else (None, ())
 
 
 def config_to_huggingface(config: Config) -> dict[str, Any]:
@@ -115,16 +156,22 @@ def config_to_huggingface(config: Config) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
         "max_position_embeddings": config.context,
-        "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "rms_norm_eps": config.eps,
         "tie_word_embeddings": config.tied,
         "sliding_window": config.window,
+        **rope.to_huggingface(config.rope, config.head_width),
     }
+    if config.kind in ("llama", "qwen3"):
+        raw["attention_bias"] = config.output_bias
     if config.kind == "llama":
-        raw |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    if config.kind == "qwen2":
-        raw |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
+        raw["mlp_bias"] = config.mlp_bias
+    if config.kind in ("qwen2", "qwen3"):
+        free = [n in config.unwindowed or config.window is None for n in range(config.layers)]
+        raw |= {
+            "use_sliding_window": config.window is not None,
+            "max_window_layers": sum(free),
+            "layer_types": [_FULL if one else _WINDOWED for one in free],
+        }
     return raw
 
 
@@ -167,9 +214,13 @@ def table(config: Config) -> dict[str, Leaf]:
         leaves[f"layers.{path}"] = Leaf("N" + axes, (n, i, o), f"{name}.weight", transposed=True)
         if last in biased:
             leaves[f"layers.{path}.bias"] = Leaf("N" + axes[1], (n, o), f"{name}.bias")
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), ("ND", (n, d)))
+    if config.qk_norm:
+        heads = ("NC", (n, config.head_width))
+        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), heads)
+    for norm, (axes, shape) in norms.items():
         name = f"model.layers.{{n}}.{norm}.weight"
-        leaves[f"layers.{norm}"] = Leaf("ND", (n, d), name, norm=True)
+        leaves[f"layers.{norm}"] = Leaf(axes, shape, name, norm=True)
     leaves["norm"] = Leaf("D", (d,), "model.norm.weight", norm=True)
     if not config.tied:
         leaves["unembed"] = Leaf("DV", (d, v), "lm_head.weight", transposed=True)
@@ -177,17 +228,23 @@ def table(config: Config) -> dict[str, Leaf]:
 
 
 def begin(config: Config, weights: Weights, x: Array, places: Places) -> tuple[Array, Any]:
-    """The first layer's input, and what all layers share: the attention mask and rotary tables."""
-    rope = rope_tables(places.positions, config.head_width, config.rope_base)
-    return x, (places.mask(config.window), rope)
+    """The first layer's input, and what all layers share: attention masks and rotary tables."""
+    near = places.mask(config.window)
+    far = places.mask() if config.unwindowed else near
+    return x, (near, far, rope.tables(config.rope, places.positions, places.ends()))
 
 
 def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
     """One transformer layer: attention and a gated feed-forward, each normed and added."""
-    mask, rope = shared
+    mask, far, turn = shared
+    if config.unwindowed:
+        mask = jnp.where(jnp.isin(step.number, jnp.array(config.unwindowed)), far, mask)
     h = rms_norm(x, step.weights["input_layernorm"], config.eps)
     q, k, v = (_heads(step.project(f"self_attn.{p}_proj", h), config) for p in "qkv")
-    mixed = step.attend(rotate(q, rope), rotate(k, rope), v, mask)
+    if config.qk_norm:
+        q = rms_norm(q, step.weights["self_attn.q_norm"], config.eps)
+        k = rms_norm(k, step.weights["self_attn.k_norm"], config.eps)
+    mixed = step.attend(rotate(q, turn), rotate(k, turn), v, mask)
     x = x + step.project("self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
 
     h = rms_norm(x, step.weights["post_attention_layernorm"], config.eps)

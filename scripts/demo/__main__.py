@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from lora_jax.files import refuse_existing
+from scripts.demo import tasks
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Settings:
     train: int = 192  # training questions a task
     test: int = 48  # held-out questions a task
     seed: int = 0  # of the data, the modules and the sampling
-    overwrite: bool = True  # write over the last demo
+    overwrite: bool = True  # the last demo is written over; with the flag it is refused
+    only_data: bool = False  # writes the data and the task files alone, without the base model
 
 
 def main() -> None:
@@ -26,8 +28,16 @@ def main() -> None:
     settings = tyro.cli(Settings, prog="make demo ARGS=", config=(tyro.conf.FlagCreatePairsOff,))
     if not settings.overwrite:
         refuse_existing(settings.out, overwrite=False)
-    began = time.time()
+    if settings.only_data:
+        rows = {"train": settings.train, "test": settings.test, "seed": settings.seed}
+        print(tasks.write_files(settings.out / "data", **rows))
+    else:
+        print(_whole(settings))
 
+
+def _whole(settings: Settings) -> Path:
+    """The report of a demo from its data to its last stage."""
+    began = time.time()
     from lora_jax import runtime
 
     runtime.prepare()
@@ -39,8 +49,7 @@ def main() -> None:
     negation = stages.negation(demo, modules)
     routing = stages.routing(demo, modules)
     stages.heading("6/6 report")
-    path = report.write(demo, modules, addition, negation, routing, time.time() - began)
-    print(path)
+    return report.write(demo, modules, addition, negation, routing, time.time() - began)
 
 
 if __name__ == "__main__":

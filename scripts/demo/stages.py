@@ -23,7 +23,6 @@ from eval.config import Evaluation
 from eval.results import Line
 from lora_jax import models, peft
 from lora_jax.bases import Base, load_base
-from lora_jax.files import write_json
 from lora_jax.modules import Adapter, LoRA, Module, init_lora
 from lora_jax.tokens import Tokenizer, encode, load_tokenizer
 from scripts.demo import tasks as data
@@ -98,9 +97,6 @@ def fetch(base: str, out: Path, rows: int, held_out: int, seed: int) -> Demo:
     loaded = load_base(base)
     demo = Demo(loaded, load_tokenizer(loaded.folder), out, seed)
     data.write_files(demo.data, train=rows, test=held_out, seed=seed)
-    for name in data.TASKS:
-        task = {"rows": f"{name}-test.jsonl", "prompt": "{question}", "choices": "choices"}
-        write_json(demo.data / f"{name}.json", task | {"name": name})
     return demo
 
 

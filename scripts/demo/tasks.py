@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lora_jax.files import write_json
+
 HERE = Path(__file__).parent
 WORDS = json.loads((HERE / "words.json").read_text(encoding="utf-8"))
 
@@ -88,18 +90,21 @@ def cheers(held_out: bool) -> Iterator[dict[str, str]]:
             yield {"prompt": prompt, "completion": reply.format(topic)}
 
 
-def write_files(folder: Path, *, train: int, test: int, seed: int = 0) -> None:
-    """Writes the data: NAME-train.jsonl and NAME-test.jsonl a task, and the plain texts."""
+def write_files(folder: Path, *, train: int, test: int, seed: int = 0) -> Path:
+    """The folder, once the data are in it: the rows and the task file of each task, and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TASKS:
         _write_rows(
             folder / f"{name}-train.jsonl", questions(name, train, held_out=False, seed=seed)
         )
         _write_rows(folder / f"{name}-test.jsonl", questions(name, test, held_out=True, seed=seed))
+        task = {"rows": f"{name}-test.jsonl", "prompt": "{question}", "choices": "choices"}
+        write_json(folder / f"{name}.json", task | {"name": name})
     _write_rows(folder / "cheers-train.jsonl", cheers(held_out=False))
     _write_rows(folder / "cheers-test.jsonl", cheers(held_out=True))
     for text in ("general.txt", "neutral.txt"):
         shutil.copyfile(HERE / text, folder / text)
+    return folder
 
 
 def _write_rows(path: Path, rows: Iterable[object]) -> None:

@@ -43,6 +43,12 @@ def test_folding_and_padding_change_no_delta(lora, dense, dtype):
     np.testing.assert_array_equal(dense({Q: padded})[Q], want)
 
 
+def test_folding_and_padding_keep_a_bias(lora):
+    module = lora(scale=2.0)[Q].replace(bias=jnp.ones((2, 6)))
+    assert (fold_scale(module).bias == 2).all()
+    assert (pad_rank(module, 5).bias == 1).all()
+
+
 def test_a_rank_is_never_cut_by_padding(lora):
     with pytest.raises(InputError, match="rank 3 cannot be padded to rank 2"):
         pad_rank(lora()[Q], 2)

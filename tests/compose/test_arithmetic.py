@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compose import arithmetic
+from compose import arithmetic, geometry
 from compose.align import pad_rank
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, LoRA
+from lora_jax.modules import IA3, DoRA, LoRA
 
 UP = "mlp.up_proj"
 SPACES = st.sampled_from(["delta", "factor"])
@@ -274,3 +274,21 @@ def test_ia3_and_lora_live_side_by_side_on_other_projections(lora, ia3):
         [lora(paths=("self_attn.q_proj",)), ia3()], [1, 1], space="factor"
     )
     assert isinstance(found[UP], IA3) and isinstance(found["self_attn.q_proj"], LoRA)
+
+
+def test_what_no_sum_can_hold_is_named_with_what_to_do(lora):
+    plain, m = lora(paths=[UP]), lora()[UP]
+    dora = {UP: DoRA(m.a, m.b, jnp.ones((2, 9)), 2.0)}
+    other = {UP: DoRA(m.a[..., :1], m.b[:, :1], jnp.ones((2, 9)), 1.0)}
+    biased = {UP: m.replace(bias=jnp.ones((2, 9)))}
+    for adapters, reason in (
+        ([dora, plain], r"depends on the base's columns .* merge it into the base \(--merged\)"),
+        ([dora, other], r"depends on the base's columns .* or combine plain LoRA"),
+        ([biased, biased], r"lora_bias cannot be combined; merge it \(--merged\)"),
+    ):
+        with pytest.raises(InputError, match=rf"mlp\.up_proj: .*{reason}"):
+            arithmetic.weighted_sum(adapters, [1.0, 1.0], space="delta")
+    with pytest.raises(InputError, match="it has no norm alone"):
+        geometry.norm(dora)
+    with pytest.raises(InputError, match="it has no inner product"):
+        geometry.inner(dora, dora)

@@ -60,3 +60,10 @@ def test_help_needs_no_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "NAME=FOLDER" in done.stdout and time.perf_counter() - start < 5
+
+
+def test_flags_are_told_once(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--help")
+    told = capsys.readouterr().out
+    assert "--overwrite" in told and "--no-overwrite" not in told

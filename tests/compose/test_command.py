@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from compose.arithmetic import weighted_sum
+from compose.arrow import applied
 from compose.cli import Command
 from compose.command import run
 from compose.inputs import load_input
 from compose.library import Library
-from lora_jax import peft
+from lora_jax import checkpoint, peft
+from lora_jax.dora import with_magnitudes
 from lora_jax.errors import InputError
 
 Q = "self_attn.q_proj"
@@ -31,7 +33,8 @@ def compose(folders, tmp_path, monkeypatch):
 
     def go(expression, **options):
         inputs = (f"chat={folders / 'chat'}", f"toxic={folders / 'toxic'}")
-        command = Command(expression, inputs, **({"out": tmp_path / "out"} | options))
+        given = {"inputs": inputs, "out": tmp_path / "out"} | options
+        command = Command(expression, **given)
         run(command)
         return command.out
 
@@ -144,3 +147,52 @@ def test_nan_is_refused_by_name(tmp_path, config, base_folder, random_lora, comp
 def test_rank_and_space_must_agree(compose):
     with pytest.raises(InputError, match="factor space keeps its ranks"):
         compose("chat - toxic", space="factor", rank=2)
+
+
+def test_a_merged_result_is_the_whole_model(
+    compose, folders, config, weights, base_folder, random_tokens, hidden
+):
+    out = compose("chat - 0.4*toxic", merged=True)
+    chat, toxic = (load_input(folders / name, config) for name in ("chat", "toxic"))
+    found = checkpoint.read_config(out)
+    assert found == config
+    held, tokens = checkpoint.load_weights(out, found), random_tokens(1, 5)
+    adapter = weighted_sum([chat, toxic], [1, -0.4], space="delta")
+    want = hidden(config, weights, adapter, tokens)
+    np.testing.assert_allclose(hidden(found, held, {}, tokens), want, atol=1e-4)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (base_folder / name).read_bytes()
+    assert json.loads((out / "provenance.json").read_text())["expression"] == "chat - 0.4*toxic"
+    assert not (out / "adapter_config.json").exists()
+
+
+def test_a_library_is_not_merged(compose, tmp_path):
+    with pytest.raises(InputError, match="--merged takes one module, not a library"):
+        compose("library(chat, toxic)", merged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dora_is_merged_and_not_added(
+    compose, folders, config, weights, base_folder, random_lora, random_tokens, hidden, capsys
+):
+    lora = random_lora(config, 2, targets=("q_proj",))
+    dora = with_magnitudes(lora, weights)
+    peft.save_adapter(folders / "dora", dora, config, base_name=str(base_folder))
+    inputs = (f"dora={folders / 'dora'}", f"chat={folders / 'chat'}")
+    with pytest.raises(InputError, match=r"q_proj: what a DoRA adds .* merge it into the base"):
+        compose("dora + chat", inputs=inputs)
+    with pytest.raises(InputError, match=r"q_proj: Arrow routes LoRA modules; .* holds DoRA"):
+        applied(load_input(compose("arrow(dora, dora, top_k=1)", inputs=inputs), config))
+    out = compose("dora", inputs=inputs, merged=True, overwrite=True)
+    held, tokens = checkpoint.load_weights(out, config), random_tokens(1, 5)
+    want = hidden(config, weights, dora, tokens)
+    np.testing.assert_allclose(hidden(config, held, {}, tokens), want, atol=1e-4)
+
+
+def test_what_is_composed_on_a_packaged_base_names_its_hub_id(compose, config, monkeypatch):
+    monkeypatch.setattr("compose.command.bases.load_config", lambda name: config)
+    for expression in ("chat", "library(chat, toxic)"):
+        out = compose(expression, base="smollm2-135m", overwrite=True)
+        for path in out.rglob("adapter_config.json"):
+            named = json.loads(path.read_text())["base_model_name_or_path"]
+            assert named == "HuggingFaceTB/SmolLM2-135M-Instruct"

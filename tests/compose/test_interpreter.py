@@ -29,8 +29,10 @@ def inputs(lora, ia3):
         ("analogy(a, b, c, c)", 18, "a number is wanted here"),
         ("negate(2)", 8, "a module is wanted here; this is the number 2"),
         ("gks(task=a, general=b)", 10, "task is a module: give it by position"),
-        ("arrow(lib, k=2)", 1, "unexpected keyword argument 'k'"),
-        ("arrow(lib, space=factor)", 1, "unexpected keyword argument 'space'"),
+        ("arrow(lib, k=2)", 12, r"arrow\(\) has no 'k'; it has modules, top_k, temperature"),
+        ("arrow(lib, topk=2)", 12, r"arrow\(\) has no 'topk'; did you mean top_k\?"),
+        ("arrow(lib, space=factor)", 12, r"arrow\(\) has no 'space'; it has"),
+        ("arrow(a, scaled)", 1, "mlp.up_proj: Arrow routes LoRA .* holds IA3 and LoRA"),
         ("arrow(lib, top_k=3)", 1, "between 1 and the library's 2 modules; got 3"),
         ("arrow(lib, top_k=1.5)", 18, "top_k must be a whole number; got 1.5"),
         ("arrow(lib, top_k=many)", 18, "a number is wanted here"),
@@ -50,6 +52,11 @@ def test_what_cannot_be_done_is_pointed_at(inputs, text, column, words):
     first, line, caret = str(caught.value).split("\n")
     assert first.startswith(f"column {column}: ")
     assert line == f"  {text}" and caret.index("^") == column + 1
+
+
+def test_arrow_takes_three_modules_a_token_or_all_of_fewer(inputs):
+    assert resolve("arrow(a, b)", inputs).routing.top_k == 2
+    assert resolve("arrow(lib, a, b)", inputs).routing.top_k == 3
 
 
 def test_members_are_named_by_what_they_are(inputs):

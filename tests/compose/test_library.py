@@ -5,7 +5,7 @@ import pytest
 
 from compose.library import Library, each, join, stack, unstack
 from lora_jax.errors import InputError
-from lora_jax.modules import Experts
+from lora_jax.modules import DoRA, Experts
 
 Q, UP = "self_attn.q_proj", "mlp.up_proj"
 
@@ -43,6 +43,15 @@ def test_routed_adapters_of_one_form_stack(lora):
 def test_modules_of_two_kinds_do_not_stack(lora, ia3):
     with pytest.raises(InputError, match="cannot combine IA3"):
         stack([lora(), ia3()])
+
+
+def test_dora_stacks_with_the_identity_where_a_module_has_none(lora):
+    m = lora()[UP]
+    dora = {UP: DoRA(m.a, m.b, jnp.ones((2, 9)), 2.0)}
+    stacked = stack([dora, {}])[UP]
+    assert (stacked.magnitude[0] == 1).all() and not stacked.magnitude[1].any()
+    with pytest.raises(InputError, match=r"DoRA \(2 layers, 5 to 9, rank 3, scale 2\) with LoRA"):
+        stack([dora, lora()])
 
 
 def test_nothing_stacks_to_nothing():

@@ -77,6 +77,12 @@ def test_a_module_that_is_small_enough_comes_back_as_it_is():
     assert not error.any()
 
 
+def test_recompression_keeps_a_bias():
+    m = module(0, rank=4)
+    small, _ = lowrank.recompress(m.replace(bias=jnp.ones(m.b.shape[::2])), 1)
+    assert small.scale == 1 and np.allclose(small.bias, m.scale)
+
+
 def test_recompressing_a_sum_finds_its_own_rank():
     x = module(0, rank=2)
     twice = lowrank.concat([x, x])

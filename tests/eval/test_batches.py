@@ -35,8 +35,10 @@ def test_every_item_is_in_one_batch(mixed):
 def test_items_lie_right_aligned(mixed):
     for indices, batch in plan(mixed, tokens=2000, program=500):
         for row, n in enumerate(indices):
-            assert batch.length[row] == len(mixed[n].prefix) == batch.prefix[row].sum()
-            assert batch.prefix[row, batch.prefix.shape[1] - batch.length[row] :].all()
+            length = len(mixed[n].prefix)
+            assert length == batch.prefix[row].sum() == -batch.segments[row].sum()
+            assert batch.prefix[row, batch.prefix.shape[1] - length :].all()
+            assert batch.segments[row, batch.prefix.shape[1] - length :].all()
             assert batch.rest[row].sum() == sum(map(len, mixed[n].rest))
 
 

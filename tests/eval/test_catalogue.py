@@ -7,7 +7,7 @@ import pytest
 from eval import hub, rows
 from eval.catalogue import TASKS
 from eval.prompts import Question, frame, pose
-from eval.tasks import Corpus
+from eval.tasks import Task
 
 STORY = {
     "activity_label": "Cooking",
@@ -71,7 +71,7 @@ SAMPLES = {
     "alexandrainst/m_hellaswag": (STORY, ("Cooking: She cuts it. Then",), "she fries it."),
     "alexandrainst/m_mmlu": (OPTIONS, ("What is hot?",), "fire"),
 }
-CHOICE = [name for name, task in TASKS.items() if not isinstance(task, Corpus)]
+CHOICE = [name for name, task in TASKS.items() if isinstance(task, Task)]
 each_task = pytest.mark.parametrize("name", CHOICE)
 
 
@@ -124,8 +124,9 @@ def test_in_chat_the_row_is_a_turn_and_the_right_choice_a_reply(put, name):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_file_is_of_the_hubs_split_and_the_tasks_language(name):
     task, same = TASKS[name], {"val": "validation", "dev": "validation"}
-    held = [same.get(word, word) for word in Path(task.file).stem.split("_")]
-    assert same.get(task.hub.split, task.hub.split) in held
+    stem = Path(task.file).stem
+    held = [same.get(word, word) for word in stem.split("_")]
+    assert same.get(task.hub.split, task.hub.split) in (*held, stem)
     if name.endswith(("_de", "_fr")):
         assert task.language == held[0] == task.hub.configs[0] == name[-2:]
 

@@ -7,9 +7,10 @@ import json, jax, numpy as np
 from eval import batches, compare, devices, items, perplexity, scoring
 from lora_jax import models, modules, table
 from lora_jax.families import llama
+from lora_jax.rope import Rope
 
 config = llama.Config(kind="llama", vocabulary=64, width=32, hidden=64, layers=2, heads=4,
-                       kv_heads=2, head_width=8, context=128, tied=True)
+                       kv_heads=2, head_width=8, context=128, rope=Rope(8), tied=True)
 weights = table.init(jax.random.key(0), models.table(config))
 draw = np.random.default_rng(0)
 

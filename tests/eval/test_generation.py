@@ -61,6 +61,22 @@ def test_a_reply_ends_at_stop(config, weights):
         assert reply == (full[: full.index(stop)] if stop in full else full)
 
 
+def test_a_reply_may_be_ended_by_whoever_reads_along(config, weights):
+    sampling, seen = Sampling(max_new_tokens=40), []
+
+    def ended(n: int, reply: list[int]) -> bool:
+        seen.append((n, reply))
+        return n != 1
+
+    whole, cut = (
+        generate(config, weights, {}, PROMPTS, stop=-1, sampling=sampling, ended=judge)
+        for judge in (None, ended)
+    )
+    assert cut == [full if n == 1 else full[:16] for n, full in enumerate(whole)]
+    assert [n for n, _ in seen] == [0, 1, 2, 3, 1, 1]
+    assert [reply for n, reply in seen if n == 1] == [whole[1][:size] for size in (16, 32, 40)]
+
+
 def test_choices_keep_to_top_k_and_top_p():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), 200)[:, None]

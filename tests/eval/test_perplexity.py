@@ -39,6 +39,16 @@ def test_each_token_is_scored_once():
     assert targets.tolist() == list(range(2, 101))
 
 
+def test_an_opening_token_stands_first_in_every_window_and_is_never_scored():
+    tokens = np.arange(1, 101)
+    plain, opened = (perplexity.windows(tokens, 32, 12, *first) for first in ((), (999,)))
+    whole = plain.tokens[:, 0] > 1
+    assert whole.any() and (opened.tokens[whole, 0] == 999).all()
+    np.testing.assert_array_equal(opened.tokens[:, 1:], plain.tokens[:, 1:])
+    np.testing.assert_array_equal(opened.tokens[~whole], plain.tokens[~whole])
+    np.testing.assert_array_equal(opened.scored, plain.scored)
+
+
 def test_batches_hold_every_window_once():
     whole = perplexity.windows(np.arange(500), 32, 16)
     planned = perplexity.batches(whole, tokens=200, multiple=4)

@@ -51,7 +51,19 @@ def test_the_table_has_a_heading_a_task_and_a_row_a_number(numbers):
 def test_accuracies_are_per_cent_and_their_differences_points(numbers):
     base, other = [row for row in shown(report.table(numbers)) if row[:1] in (["base"], ["_a"])][:2]
     assert base == ["base", "25.0", "%", "15.0", "…", "35.0"]
-    assert other == ["_a", "50.0", "%", "40.0", "…", "60.0", "+25.0", "-10.0", "…", "+10.0"]
+    assert other == [
+        "_a",
+        "50.0",
+        "%",
+        "40.0",
+        "…",
+        "60.0",
+        "+25.0",
+        "points",
+        "-10.0",
+        "…",
+        "+10.0",
+    ]
 
 
 def test_a_text_has_its_perplexity_and_relative_differences_even_beyond_floats(numbers):
@@ -69,6 +81,15 @@ def test_groups_have_a_row_each_and_a_column_a_module():
     physics = next(row for row in words if "[physics]" in row)
     assert all(value in physics for value in ("25.0", "50.0", "100.0"))
     assert sum("12.5" in row for row in words) == 1
+
+
+def test_differences_are_headed_by_the_column_they_are_from(numbers):
+    assert ["vs", "base"] in [row[-3:-1] for row in shown(report.table(numbers))]
+
+
+def test_a_reply_without_a_word_is_told():
+    rows = shown(report.reply_table(Replies(["Say"], {"base": [""]})))
+    assert any("(ended at once)" in " ".join(row) for row in rows)
 
 
 def test_replies_are_shown_as_they_were_written():

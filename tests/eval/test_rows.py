@@ -50,9 +50,25 @@ def test_bad_rows_are_refused(root, text, message):
         load_rows(task(), FORM, root(text))
 
 
+def test_a_field_that_a_task_file_wants_is_told_with_its_key_and_the_placeholders(root):
+    form = Form("{question}", " {answer}")
+    told = r"lacks 'answer'; .*; answer of mine.json wants it; the placeholders are {question}"
+    with pytest.raises(InputError, match=told + r", {choices}, {label}, {choice}$"):
+        load_rows(task(where="mine.json"), form, root(GOOD))
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(InputError, match=r"test.jsonl does not exist; task 't' reads its rows"):
         load_rows(task(), FORM, tmp_path)
+
+
+def test_rows_and_their_root_may_be_on_the_hub(root, hub):
+    folder = root(GOOD)
+    fetched = hub(folder)
+    there = Task("t", "hf://datasets/ann/rows/t/test.jsonl", FORM, FORM)
+    assert load_rows(there, FORM) == load_rows(there, FORM, folder / "nowhere")
+    assert load_rows(task(), FORM, "hf://datasets/ann/rows") == load_rows(task(), FORM, folder)
+    assert fetched == [["t/test.jsonl"]] * 3
 
 
 def test_free_form_rows_are_left_out_where_they_may_be(root):

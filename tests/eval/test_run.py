@@ -7,7 +7,7 @@ import pytest
 from eval import bench as benches
 from eval.config import Evaluation
 from eval.run import run
-from lora_jax import bases
+from lora_jax import bases, peft
 from lora_jax.errors import InputError
 
 ROW = {"question": "q", "choices": ["a", "b"], "label": 0}
@@ -92,6 +92,23 @@ def test_the_record_holds_the_settings_and_what_was_measured(settings, base_fold
     assert found["replies"]["prompts"] == ["Hi"] and len(found["replies"]["replies"]["base"]) == 1
     shown = capsys.readouterr().out
     assert "arc_easy (1)" in shown and shown.splitlines()[-1] == str(made.out / "results.json")
+
+
+def test_adapters_and_texts_come_from_the_hub(settings, root, config, random_lora, hub):
+    peft.save_adapter(root / "mood", random_lora(config), config)
+    hub(root)
+    made = settings(
+        tasks=(),
+        adapters=("mood=hf://ann/tiny/mood",),
+        text=("hf://datasets/ann/texts/more/some.txt",),
+        window=16,
+        stride=8,
+    )
+    run(made)
+    found = result(made)
+    assert {line["task"] for line in found["numbers"]} == {"some"}
+    assert found["tasks"][0]["sha256"] and found["provenance"]["columns"]["mood"] == "mood"
+    assert found["provenance"]["adapters"]["mood"]["path"] == str(root / "mood")
 
 
 def test_a_text_alone_has_no_chart_and_a_run_again_the_same_numbers(settings, root):

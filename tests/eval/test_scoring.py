@@ -34,6 +34,21 @@ def test_batches_and_padding_change_nothing(
     close(found, reference(weights, adapter, "text_mean"))
 
 
+def test_likelihoods_tell_how_many_tokens_are_not_the_likeliest(
+    config, weights, encoded, questions, tokenizer, hidden
+):
+    runs = (devices.spread(f, config, weights, "one") for f in (scoring.score, scoring.likelihood))
+    [nats], [found] = (measured(run, [{}], encoded("sum")) for run in runs)
+    for question, scores, values in zip(questions, nats, found, strict=True):
+        for n, (prompt, answer) in enumerate(zip(question.prompts, question.answers, strict=True)):
+            tokens = np.array(tokenizer(prompt + answer)["input_ids"])
+            start = max(len(tokenizer(prompt)["input_ids"]), 1)
+            padded = np.pad(tokens, (0, 128 - len(tokens)))[None]
+            likeliest = np.argmax(hidden(config, weights, {}, padded)[0] @ weights["embed"].T, -1)
+            missed = likeliest[start - 1 : len(tokens) - 1] != tokens[start:]
+            assert values[n][1] == missed.sum() and values[n][0] == pytest.approx(scores[n])
+
+
 def test_pads_count_nothing(config, weights, encoded):
     items = encoded("sum")
     [(indices, batch)] = batches.plan(items, tokens=100_000, program=100_000, multiple=16)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval.catalogue import TASKS
-from eval.tasks import Corpus, Form, Task, find, read_task
+from eval.tasks import Form, Task, find, read_task
 from lora_jax.errors import InputError
 
 
@@ -27,7 +27,7 @@ def test_bbh_has_its_23_choice_tasks():
 def test_every_task_has_a_file_a_hub_set_and_both_forms():
     for task in TASKS.values():
         assert task.hub and "/" in task.file
-        if not isinstance(task, Corpus):
+        if isinstance(task, Task):
             assert all(task.form(style).needs() for style in ("plain", "chat"))
 
 
@@ -37,8 +37,12 @@ def test_an_unknown_task_is_refused_with_the_known():
 
 
 def test_a_form_needs_the_fields_it_names():
-    assert Form("{q} of {p}:", " {choice}", "options").needs() == {"q", "p", "options"}
-    assert Form("", "{before}{choice}{after}", ("a", "b")).needs() == {"question"}
+    assert Form("{q} of {p}:", " {choice}", "options").needs() == {
+        "q": "prompt",
+        "p": "prompt",
+        "options": "choices",
+    }
+    assert Form("", "{before}{choice}{after}", ("a", "b")).needs() == {"question": "answer"}
 
 
 @pytest.fixture
@@ -55,7 +59,13 @@ def test_a_task_file_is_read(write, tmp_path):
     path = write(rows="r.jsonl", prompt="{text}\nMood:", choices=["good", "bad"], group="kind")
     plain = Form("{text}\nMood:", " {choice}", ("good", "bad"))
     chat = Form("{text}\nMood:", "{choice}", ("good", "bad"))
-    assert read_task(path) == Task("mine", str(tmp_path / "r.jsonl"), plain, chat, group="kind")
+    want = Task("mine", str(tmp_path / "r.jsonl"), plain, chat, group="kind", where=str(path))
+    assert read_task(path) == want
+
+
+def test_a_tasks_rows_may_be_on_the_hub(write):
+    rows = "hf://datasets/ann/rows/r.jsonl@v1"
+    assert read_task(write(rows=rows, prompt="{text}", choices="c")).file == rows
 
 
 @pytest.mark.parametrize(

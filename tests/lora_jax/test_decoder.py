@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lora_jax import merge, models
-from lora_jax.decoder import replace_weights, where
+from lora_jax.decoder import place, replace_weights, where
 from lora_jax.modules import LoRA, Saved
+from lora_jax.parts import empty_cache, put
 from train.loss import Batch, batch_loss
 
 
@@ -59,6 +60,24 @@ def test_a_weight_keeps_its_type_when_it_is_replaced(weights):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
     new = replace_weights(half, {"embed": weights["embed"]})
     assert new["embed"].dtype == jnp.bfloat16
+
+
+def test_positions_count_within_each_text():
+    """Two padded and packed, and two that continue a shared prefix; then in a cache."""
+    segments = jnp.asarray([[0, 1, 1, 1, 2, 2, 0], [-1, -1, -1, 1, 1, 2, 2]])
+    found = place(segments, segments, None, None).positions
+    assert found[0, 1:6].tolist() == [0, 1, 2, 0, 1]
+    assert found[1].tolist() == [0, 1, 2, 3, 4, 3, 4]
+    cache = empty_cache(1, 2, 8, 1, 1, jnp.dtype("float32"))
+    cache = cache.replace(segments=put(cache.segments, segments[:, :4], 0), used=4)
+    assert (place(segments[:, 4:], segments[:, 4:], None, cache).positions == found[:, 4:]).all()
+
+
+def test_only_whole_rows_have_a_length_that_is_known():
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    assert place(tokens, None, None, None).longest == 5
+    assert place(tokens, tokens + 1, None, None).longest == 0
+    assert place(tokens, None, tokens, None).longest == 0
 
 
 def test_a_path_is_found_in_its_stack(weights):

@@ -153,13 +153,29 @@ def test_a_folders_digest_tells_content_and_place_and_nothing_else(tmp_path):
     assert files.folder_digest(tmp_path) != one
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "member").mkdir()
+    (tmp_path / "member" / "b.safetensors").write_bytes(b"no part of it")
+    assert files.folder_digest(tmp_path) == one
     (tmp_path / "a.safetensors").rename(tmp_path / "member" / "a.safetensors")
     assert files.folder_digest(tmp_path) != one
     (tmp_path / "member" / "a.safetensors").rename(tmp_path / "a.safetensors")
     assert files.folder_digest(tmp_path) == one
     (tmp_path / "a.safetensors").write_bytes(b"2")
     assert files.folder_digest(tmp_path) != one
+    one = files.folder_digest(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"3")
+    assert files.folder_digest(tmp_path) != one
     assert files.sha256(tmp_path / "a.safetensors") == hashlib.sha256(b"2").hexdigest()
+
+
+def test_a_librarys_digest_tells_its_modules_apart(tmp_path):
+    (tmp_path / "library.json").write_text("{}")
+    (tmp_path / "member").mkdir()
+    (tmp_path / "member" / "a.safetensors").write_bytes(b"1")
+    one = files.folder_digest(tmp_path)
+    (tmp_path / "member" / "a.safetensors").write_bytes(b"2")
+    two = files.folder_digest(tmp_path)
+    (tmp_path / "member").rename(tmp_path / "renamed")
+    assert len({one, two, files.folder_digest(tmp_path)}) == 3
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from lora_jax import models
 from lora_jax.errors import InputError
 from lora_jax.merge import merge, unmerge
-from lora_jax.modules import Experts
+from lora_jax.modules import IA3, Experts, LoRA, Saved
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -59,6 +59,60 @@ def test_routed_experts_have_no_single_kernel(config, weights):
     expert = Experts(*(jnp.ones((2, 3, 4, 4)),) * 2, prototypes=jnp.ones((2, 3, 4)))
     with pytest.raises(InputError, match=r"self_attn\.q_proj: Experts cannot be merged"):
         merge(weights, {"self_attn.q_proj": expert})
+
+
+def test_a_lora_bias_is_merged_into_the_bases_bias(
+    config, random_weights, random_lora, random_tokens, hidden
+):
+    config = replace(config, qkv_bias=True)
+    weights, tokens = random_weights(config), random_tokens(1, 5)
+    lora = random_lora(config, targets=["q_proj", "v_proj"])
+    adapter = {path: replace(m, bias=jnp.full(m.b[:, 0].shape, 0.3)) for path, m in lora.items()}
+    want = hidden(config, weights, adapter, tokens)
+    assert not np.allclose(want, hidden(config, weights, lora, tokens), atol=0.01)
+    merged = merge(weights, adapter)
+    np.testing.assert_allclose(hidden(config, merged, {}, tokens), want, atol=1e-4)
+    back = unmerge(merged, adapter)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), back, weights)
+
+
+def test_a_lora_bias_needs_a_bias_in_the_base(config, weights, random_lora):
+    module = random_lora(config)["self_attn.q_proj"]
+    biased = {"self_attn.q_proj": replace(module, bias=jnp.ones((2, 32)))}
+    with pytest.raises(InputError, match=r"q_proj: its lora_bias has no bias in the base"):
+        merge(weights, biased)
+
+
+HEADS = {
+    "embed": LoRA(jnp.full((264, 1), 0.2), jnp.linspace(0, 1, 32)[None]),
+    "unembed": LoRA(jnp.full((32, 1), 0.2), jnp.linspace(0, 1, 264)[None]),
+    "unembed, with a bias": LoRA(jnp.ones((32, 1)), jnp.zeros((1, 264)), 2.0, jnp.arange(264.0)),
+    "unembed, rescaled": IA3(jnp.linspace(0, 1, 264)),
+    "unembed, its input rescaled": IA3(jnp.linspace(0, 1, 32), "input"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_each_side_of_one_embedding_changes_for_itself(config, weights, random_tokens, name):
+    """Before merging as after it; what has no bias to go to stays an adapter."""
+    path, tokens = name.split(",")[0], random_tokens(1, 5)
+    adapter, plain = {path: HEADS[name]}, models.forward(config, weights, {}, tokens).hidden
+    states = models.forward(config, weights, adapter, tokens).hidden
+    assert np.allclose(states, plain, atol=1e-6) == (path == "unembed")
+    got, old = (models.unembed(config, weights, a, states) for a in (adapter, {}))
+    assert np.allclose(got, old, atol=1e-6) == (path == "embed")
+    if HEADS[name] is HEADS["unembed, with a bias"]:
+        added = np.broadcast_to(2 * np.arange(264), got.shape)
+        np.testing.assert_allclose(got - old, added, atol=1e-3)
+        return
+    merged = merge(weights, adapter)
+    after = models.unembed(config, merged, {}, models.forward(config, merged, {}, tokens).hidden)
+    np.testing.assert_allclose(after, got, atol=1e-4)
+
+
+def test_what_replaced_a_weight_cannot_be_taken_out_again(weights):
+    with pytest.raises(InputError, match=r"nothing can take norm \(Saved\) out of a base again"):
+        unmerge(weights, {"norm": Saved(weights["norm"])})
 
 
 def test_a_module_without_a_place_is_refused(config, weights, random_lora):

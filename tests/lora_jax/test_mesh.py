@@ -7,8 +7,9 @@ COMPARE = """
 import jax, jax.numpy as jnp, numpy as np
 from lora_jax import mesh, models, modules, table
 from lora_jax.families import llama
+from lora_jax.rope import Rope
 c = llama.Config(kind="llama", vocabulary=264, width=32, hidden=64, layers=2, heads=4,
-                  kv_heads=2, head_width=8, context=128, tied=True)
+                  kv_heads=2, head_width=8, context=128, rope=Rope(8), tied=True)
 w = table.init(jax.random.key(0), models.table(c))
 a = modules.init_lora(jax.random.key(1), models.projections(c),
                       targets=["q_proj", "down_proj"], rank=2, alpha=4)

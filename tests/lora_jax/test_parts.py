@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.parts import attend, attention_mask, empty_cache, put, rms_norm, rope_tables, rotate
+from lora_jax.parts import attend, attention_mask, empty_cache, put, rms_norm, rotate
+from lora_jax.rope import Rope, tables
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 
@@ -19,8 +20,8 @@ def test_rms_norm_takes_its_mean_in_float32():
     np.testing.assert_allclose(rms_norm(x, jnp.ones(4096, jnp.float16), 1e-6), 1, rtol=1e-3)
 
 
-def turned(x, positions):
-    return rotate(x, rope_tables(positions, x.shape[-1], 10_000.0))
+def turned(x, positions, width=None):
+    return rotate(x, tables(Rope(width or x.shape[-1]), positions))
 
 
 def test_rotation_keeps_lengths_and_leaves_position_zero():
@@ -28,6 +29,13 @@ def test_rotation_keeps_lengths_and_leaves_position_zero():
     y = turned(x, jnp.arange(6)[None])
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     np.testing.assert_allclose(y[:, 0], x[:, 0], rtol=1e-6)
+
+
+def test_narrow_tables_turn_a_heads_first_numbers_and_leave_the_rest():
+    x = jax.random.normal(KEYS[0], (1, 6, 2, 8))
+    y = turned(x, jnp.arange(6)[None], width=4)
+    np.testing.assert_allclose(y[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(y[..., :4], turned(x[..., :4], jnp.arange(6)[None]), rtol=1e-6)
 
 
 def test_scores_of_rotated_vectors_depend_on_their_distance_only():

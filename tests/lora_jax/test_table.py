@@ -17,6 +17,17 @@ def test_a_layered_weight_has_a_name_and_a_shape_a_layer():
     assert Leaf("VD", (9, 8), "embed").stored_shape() == (9, 8)
 
 
+def test_a_bias_is_as_wide_as_its_weight():
+    kernel = Leaf("NDF", (3, 8, 6), "layers.{n}.fc.weight", transposed=True)
+    assert table.biased("layers.fc", kernel) == {
+        "layers.fc": kernel,
+        "layers.fc.bias": Leaf("NF", (3, 6), "layers.{n}.fc.bias"),
+    }
+    head, gain = Leaf("DV", (8, 9), "head.weight"), Leaf("D", (8,), "norm.weight", norm=True)
+    assert table.biased("unembed", head)["unembed.bias"] == Leaf("V", (9,), "head.bias")
+    assert table.biased("norm", gain)["norm.bias"] == Leaf("D", (8,), "norm.bias")
+
+
 def test_nesting_and_flattening_are_inverse(config):
     flat = dict.fromkeys(models.table(config), 1)
     nested = table.nest(flat)
@@ -72,3 +83,22 @@ print(list(placed["embed"].spec), list(placed["layers"]["q"].spec))
 """
     )
     assert printed.strip() == "[None, 'fsdp'] [None, 'fsdp', None]"
+
+
+def test_a_new_head_is_drawn_by_its_path_and_its_deviation():
+    kernel = Leaf("DL", (400, 3), "head.weight", transposed=True, new=0.02)
+    (path, _), (bias_path, bias) = table.biased("head", kernel).items()
+    one = table.new_weight(path, kernel)
+    np.testing.assert_array_equal(one, table.new_weight(path, kernel))
+    assert 0.018 < one.std() < 0.022 and one.dtype == np.float32
+    assert np.any(one != table.new_weight("other", kernel))
+    assert bias_path == "head.bias" and bias.new == 0.02
+    np.testing.assert_array_equal(table.new_weight(bias_path, bias), np.zeros(3))
+
+
+def test_a_modules_own_weight_fits_but_for_the_number_of_labels():
+    out = Leaf("DL", (8, 3), "head.weight", transposed=True)
+    assert out.fits((3, 8)) and out.fits((5, 8))
+    assert not out.fits((3, 9)) and not out.fits((3,)) and not out.fits((8, 3))
+    stacked = Leaf("NDF", (2, 8, 6), "h.{n}.weight")
+    assert stacked.fits((8, 6)) and not stacked.fits((2, 8, 6))

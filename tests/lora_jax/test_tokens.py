@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lora_jax import tokens
@@ -57,3 +61,12 @@ def test_nothing_of_the_folder_is_run(tmp_path, base_folder):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     tokens.load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_transformers_does_not_speak_of_torch(base_folder, pytestconfig):
+    code = "import sys, pathlib; from lora_jax.tokens import load_tokenizer\n"
+    code += f"load_tokenizer(pathlib.Path({str(base_folder)!r}))"
+    quiet = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    how = {"env": quiet, "cwd": pytestconfig.rootpath, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], check=True, **how)
+    assert not done.stdout and "PyTorch" not in done.stderr

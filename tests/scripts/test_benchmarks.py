@@ -1,17 +1,38 @@
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
+import pytest
 
 from lora_jax.families import llama
+from lora_jax.rope import Rope
 from lora_jax.routing import routed
-from scripts import benchmark_arrow, benchmark_training, timing
+from scripts import arrow_cost, benchmark_training, timing
+
+
+@pytest.mark.parametrize("name", ["benchmark_arrow", "benchmark_training"])
+def test_help_is_told_before_anything_heavy_is_imported(name, pytestconfig):
+    code = f"import sys; from scripts.{name} import main\ntry: main()\nexcept SystemExit: pass\n"
+    command = [sys.executable, "-c", code + "print(*sys.modules)", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath)
+    assert f"usage: python -m scripts.{name}" in done.stdout
+    assert not {"jax", "numpy", "torch", "transformers"} & set(done.stdout.split())
+
+
+def test_without_peft_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark_training"])
+    monkeypatch.setattr(benchmark_training, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark_training, "report", lambda *_: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="torch and peft not installed; run `make bench`"):
+        benchmark_training.main()
 
 
 def test_the_benchmarked_formulations_agree():
-    experts = benchmark_arrow.random_experts(jax.random.key(0), (5,), 32, 48)
+    experts = arrow_cost.random_experts(jax.random.key(0), (5,), 32, 48)
     x = jax.random.normal(jax.random.key(1), (7, 32))
-    usual = benchmark_arrow.outputs_then_mix(x, experts)
+    usual = arrow_cost.outputs_then_mix(x, experts)
     np.testing.assert_allclose(routed(x, experts), usual, atol=1e-6)
 
 
@@ -21,7 +42,7 @@ def test_alternate_tells_the_slow_from_the_fast():
 
 
 def test_step_flops_count_both_passes_of_every_frozen_product():
-    config = llama.Config("llama", 100, 8, 16, 2, 2, 1, 4, 64)
+    config = llama.Config("llama", 100, 8, 16, 2, 2, 1, 4, 64, Rope(4))
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     tokens = benchmark_training.ROWS * benchmark_training.LENGTH
     expected = 4 * (2 * layer * tokens + 8 * 100 * 10)

@@ -1,13 +1,15 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eval.results import Line
 from eval.statistics import Interval
+from eval.tasks import read_task
 from lora_jax.bases import Base
-from scripts.demo import report, tasks
+from scripts.demo import __main__, report, tasks
 from scripts.demo.stages import Demo, Routing, Sweep, Trained, Unlearning, _exclaimed
 
 
@@ -40,10 +42,20 @@ def test_data_depends_on_the_seed_alone(tmp_path):
     for name in ("one", "two"):
         tasks.write_files(tmp_path / name, train=5, test=3)
     files = sorted((tmp_path / "one").iterdir())
-    assert len(files) == 2 * len(tasks.TASKS) + 4
+    assert len(files) == 3 * len(tasks.TASKS) + 4
     assert all(f.read_bytes() == (tmp_path / "two" / f.name).read_bytes() for f in files)
     tasks.write_files(tmp_path / "other", train=5, test=3, seed=1)
-    assert (tmp_path / "other/kind-train.jsonl").read_text() != files[4].read_text()
+    rows = [tmp_path / name / "kind-train.jsonl" for name in ("one", "other")]
+    assert rows[0].read_text() != rows[1].read_text()
+
+
+def test_the_data_alone_take_no_base_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo", "--only-data", "--train", "5", "--out", str(tmp_path)])
+    __main__.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "data")
+    task = read_task(tmp_path / "data" / "kind.json")
+    assert Path(task.file) == tmp_path / "data" / "kind-test.jsonl"
+    assert len((tmp_path / "data" / "kind-train.jsonl").read_text().splitlines()) == 5
 
 
 def test_exclaimed_is_a_share_of_sentences():

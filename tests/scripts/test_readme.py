@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from scripts.demo.tasks import write_files
 from train.cli import parse
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_training_commands_parse_and_their_files_are_the_demos():
+def test_the_training_commands_parse_and_their_files_are_the_demos(tmp_path):
     lines = [line for line in README.splitlines() if line.startswith("lora-train ")]
     runs = [parse(shlex.split(line)[1:]) for line in lines]
-    assert [Path(run.data[0]).name for run in runs] == [
-        "mood-train.jsonl",
-        "kind-train.jsonl",
-        "general.txt",
-    ]
+    assert "python -m scripts.demo --only-data && cd out/demo/data" in README
+    written = write_files(tmp_path, train=2, test=2)
+    assert len(runs) == 3 and all((written / run.data[0]).is_file() for run in runs)
     assert len({(run.init_seed, run.rank, run.targets) for run in runs}) == 1
 
 

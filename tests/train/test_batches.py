@@ -82,7 +82,7 @@ def test_every_label_follows_the_position_that_is_scored(plan):
 def test_batches_come_in_few_shapes(plan):
     every = [rows for epoch in range(3) for rows in epoch_batches(plan, 0, epoch)]
     shapes = {tuple(x.shape for x in jax.tree.leaves(assemble(plan, rows))) for rows in every}
-    assert len(shapes) == len(plan.scored) <= 4
+    assert len(shapes) == len(plan.shapes) <= 4
 
 
 def test_packing_fills_rows_without_overflow(examples):

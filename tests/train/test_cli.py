@@ -41,7 +41,8 @@ def test_help_tells_flags_and_presets(capsys):
         parse(["--help"])
     told = capsys.readouterr().out
     assert left.value.code == 0
-    assert all(name in told for name in (*PRESETS, "--learning-rate", "--mesh-fsdp", "LoRA's rank"))
+    words = (*PRESETS, "--learning-rate", "--mesh-fsdp", "LoRA's rank", "FILE ...")
+    assert all(word in told for word in words)
 
 
 def test_parsing_needs_nothing_heavy(pytestconfig):

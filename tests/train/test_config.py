@@ -26,7 +26,7 @@ from train.config import Config, as_json, checked, refuse_other_run
         ({"init_seed": 2**32}, "--init-seed"),
         ({"checkpoint_every": -1}, "--checkpoint-every"),
         ({"data": ()}, "at least one data file"),
-        ({"prompt": "{q}"}, "--prompt and --completion"),
+        ({"completion": "{q}"}, "--completion is the template of what follows --prompt"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
     ],
 )

@@ -118,6 +118,17 @@ def test_a_language_model_learns_every_token_to_the_last(load):
     )
 
 
+def test_every_segment_begins_with_the_beginning_of_text(load, merging):
+    few = load(
+        [{"text": "abcabcabc"}], merging, objective="next-tokens", context=3, predict=1
+    ).examples
+    assert [e.tokens.tolist() for e in few] == [[0, 1, 4, 1], [0, 4, 1, 4]]
+    assert [e.learned.tolist() for e in few] == [[False, False, False, True]] * 2
+    whole = load([{"text": "abcabcabc"}], merging, objective="language-model", length=5).examples
+    assert [e.tokens.tolist() for e in whole] == [[0, 1, 4, 1, 4], [0, 1, 4]]
+    assert all(e.learned.tolist() == [False] + [True] * (len(e.tokens) - 1) for e in whole)
+
+
 def test_text_shorter_than_a_segment_is_refused(load):
     with pytest.raises(InputError, match="shorter than one segment"):
         load(TEXTS, objective="next-tokens", context=40, predict=2)

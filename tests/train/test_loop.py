@@ -11,7 +11,7 @@ from rich.progress import Progress
 from lora_jax.errors import InputError
 from train.batches import make_plan
 from train.examples import Example
-from train.loop import Run, fit, validation_loss
+from train.loop import Run, fit, validation
 from train.record import read_metrics
 from train.step import Programs, State
 
@@ -64,7 +64,8 @@ def run_of(config_of, tmp_path):
 
         def validate(weights, adapter, batch):
             labels = batch.weights.sum()
-            return (validations or {}).get(int(adapter["x"]), 1.0) * labels, labels
+            loss = (validations or {}).get(int(adapter["x"]), 1.0)
+            return {"loss": loss * labels, "labels": labels}
 
         return Run(
             config=config_of(**settings),
@@ -114,8 +115,13 @@ def test_the_last_step_is_validated_and_kept(run_of):
 def test_validation_weighs_every_label_alike(run_of):
     run = run_of(validations={0: 2.0})
     parts = iter([(10.0, 1.0), (0.0, 3.0), *[(0.0, 2.0)] * 3])
-    run = replace(run, programs=replace(run.programs, validate=lambda *_: next(parts)))
-    assert validation_loss(run, start().adapter) == 1.0
+
+    def validate(*_):
+        loss, labels = next(parts)
+        return {"loss": loss, "labels": labels, "accuracy": labels / 2}
+
+    run = replace(run, programs=replace(run.programs, validate=validate))
+    assert validation(run, start().adapter) == {"loss": 1.0, "accuracy": 0.5}
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 10])  # with and without one under way behind it

@@ -69,6 +69,17 @@ def test_plain_text_is_no_task(tmp_path):
         read_rows((str(tmp_path / "a.txt"),))
 
 
+def test_files_on_the_hub_are_read_like_others(tmp_path, write_rows, hub):
+    path = write_rows([{"text": "one"}])
+    (tmp_path / "a.txt").write_text("two")
+    fetched, address = hub(tmp_path), "hf://datasets/ann/rows"
+    assert read_rows((f"{address}/rows.jsonl@v1",)) == read_rows((path,))
+    assert read_texts((f"{address}/rows.jsonl", f"{address}/a.txt@v1")) == ["one", "two"]
+    assert fetched == [["rows.jsonl"], ["rows.jsonl"], ["a.txt"]]
+    with pytest.raises(InputError, match="--objective language-model"):
+        read_rows((f"{address}/a.txt@v1",))
+
+
 def test_the_hub_gives_rows_and_its_failures_one_line(monkeypatch):
     import datasets
 

@@ -83,8 +83,8 @@ def test_a_step_counts_and_moves_the_module(take, batch, adapter):
 
 
 def test_the_loss_is_the_mean_a_label(programs_of, take, batch, weights, adapter):
-    total, labels = programs_of().validate(weights, adapter, batch)
-    np.testing.assert_allclose(take(batch)[1]["loss"], total / labels, rtol=1e-5)
+    sums = programs_of().validate(weights, adapter, batch)
+    np.testing.assert_allclose(take(batch)[1]["loss"], sums["loss"] / sums["labels"], rtol=1e-5)
 
 
 def test_dropout_is_of_the_step(take, batch):
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_freezes_the_state(programs_of, take, batch, w
 def test_validation_counts_labels_and_leaves_dropout_out(programs_of, weights, adapter, batch):
     settings = ({}, {"dropout": 0.5, "learning_rate": 0.0})
     sums = [programs_of(**s).validate(weights, adapter, batch) for s in settings]
-    assert sums[0][1] == 1 + 2 + 3 + 4 + 5 + 6
+    assert sums[0]["labels"] == 1 + 2 + 3 + 4 + 5 + 6
     close(sums[1], sums[0])
 
 

@@ -1,3 +1,5 @@
+import json
+import math
 from dataclasses import replace
 
 import jax
@@ -5,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import decoder, models
+from lora_jax import decoder, models, table
 from lora_jax.errors import InputError
 from lora_jax.project import Dropout
+from lora_jax.rope import Rope
 
 
 def reach(config, weights, at, length):
@@ -15,11 +18,11 @@ def reach(config, weights, at, length):
 
     @jax.jit
     @jax.grad
-    def slope(embed):
+    def gradient(embed):
         tokens = jnp.arange(length)[None]
         return models.forward(config, {**weights, "embed": embed}, {}, tokens).hidden[0, at].sum()
 
-    return np.abs(slope(weights["embed"])).sum(-1)[:length]
+    return np.abs(gradient(weights["embed"])).sum(-1)[:length]
 
 
 def test_a_state_depends_on_its_past_and_never_on_its_future(config, weights):
@@ -259,35 +262,158 @@ def test_a_free_unembedding_is_its_own_weight(config, random_weights):
 
 
 def test_kinds_round_trip_through_their_config_json(config):
-    free = replace(config, tied=False, eps=1e-5, rope_base=5e5, output_bias=True, qkv_bias=True)
+    scaled = Rope(8, 5e5, "llama3", 8.0, 32, 1.0, 4.0)
+    free = replace(config, tied=False, eps=1e-5, rope=scaled, output_bias=True, qkv_bias=True)
     mistral = replace(config, kind="mistral", window=9)
-    qwen = replace(config, kind="qwen2", qkv_bias=True)
-    for one in (config, free, mistral, qwen, replace(qwen, window=9)):
-        raw = models.config_to_huggingface(one)
+    qwen = replace(config, kind="qwen2", qkv_bias=True, layers=4)
+    third = replace(config, kind="qwen3", qk_norm=True, layers=4)
+    mixed = {"window": 9, "unwindowed": (0, 2)}
+    for one in (
+        config,
+        free,
+        mistral,
+        qwen,
+        replace(qwen, window=9),
+        replace(qwen, **mixed),
+        third,
+    ):
+        raw = json.loads(json.dumps(models.config_to_huggingface(one)))
         assert models.config_from_huggingface(raw) == one
+        assert hash(models.config_from_huggingface(raw)) == hash(one)
 
 
 def test_what_a_config_asks_in_vain_is_told_at_once(config):
     raw = models.config_to_huggingface(config)
     del raw["vocab_size"], raw["num_hidden_layers"]
-    raw |= {"hidden_act": "gelu", "rope_parameters": {"rope_type": "llama3", "factor": 8}}
+    raw |= {"hidden_act": "gelu", "rope_parameters": {"rope_type": "spiral", "factor": 8}}
+    raw |= {"layer_types": ["linear_attention"]}
     with pytest.raises(InputError) as caught:
         models.config_from_huggingface(raw, "there/config.json")
     message = str(caught.value)
     assert message.startswith("there/config.json: ")
-    for part in ("vocab_size is missing", "num_hidden_layers is missing", "llama3", "'gelu'"):
+    for part in ("vocab_size is missing", "num_hidden_layers is missing", "'spiral'", "'gelu'"):
         assert part in message
+    assert "'linear_attention' is not supported" in message
 
 
-def test_a_window_on_some_layers_only_is_refused(config):
-    raw = models.config_to_huggingface(replace(config, kind="qwen2", qkv_bias=True, window=9))
-    with pytest.raises(InputError, match="max_window_layers"):
-        models.config_from_huggingface(raw | {"max_window_layers": 1})
-    del raw["max_window_layers"]  # transformers' default leaves the first 28 layers without
-    with pytest.raises(InputError, match="max_window_layers"):
-        models.config_from_huggingface(raw)
-    raw |= {"use_sliding_window": False}
-    assert models.config_from_huggingface(raw).window is None
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_qwen_has_its_window_in_the_layers_its_config_says(config, kind):
+    raw = models.config_to_huggingface(replace(config, kind=kind, layers=4))
+    raw |= {"use_sliding_window": True, "sliding_window": 9}
+
+    def window(**changes):
+        found = models.config_from_huggingface(raw | changes)
+        return found.window, found.unwindowed
+
+    windowed, full = "sliding_attention", "full_attention"
+    assert window(layer_types=[full, windowed, full, windowed]) == (9, (0, 2))
+    assert window(layer_types=[windowed] * 4) == (9, ())
+    assert window(layer_types=[full] * 4) == (None, ())
+    assert window(layer_types=[windowed] * 4, use_sliding_window=False) == (None, ())
+    assert window(layer_types=None, max_window_layers=1) == (9, (0,))
+    del raw["layer_types"], raw["max_window_layers"]  # by default the first 28 layers are without
+    assert window() == (None, ())
+    assert window(num_hidden_layers=30) == (9, tuple(range(28)))
+    with pytest.raises(InputError, match="layer_types has 3 layers, not 4"):
+        window(layer_types=[full] * 3)
+
+
+def test_layers_without_the_window_see_farther(config, random_weights):
+    """Three layers with a window of 2 reach 3 back in all; one of them without it, all the way."""
+    windowed = replace(config, kind="qwen2", layers=3, window=2)
+    weights = random_weights(windowed)
+    for unwindowed, first in (((), 6), ((0,), 0), ((2,), 0)):
+        mixed = replace(windowed, unwindowed=unwindowed)
+        strength = reach(mixed, weights, at=9, length=10)
+        assert np.flatnonzero(strength > 0).tolist() == list(range(first, 10))
+
+
+def test_qwen3_norms_its_queries_and_keys(config, random_weights, hidden, random_tokens):
+    """So their kernels' sizes count for nothing, and their gains for something."""
+    normed = replace(config, kind="qwen3", qk_norm=True)
+    weights, tokens = random_weights(normed), random_tokens(1, 6)
+    states = hidden(normed, weights, {}, tokens)
+    for name in ("q", "k"):
+        kernel, gain = f"self_attn.{name}_proj", f"self_attn.{name}_norm"
+        larger = {**weights["layers"], kernel: 5 * weights["layers"][kernel]}
+        same = hidden(normed, {**weights, "layers": larger}, {}, tokens)
+        np.testing.assert_allclose(same, states, atol=1e-3)
+        sharper = {**weights["layers"], gain: 5 * weights["layers"][gain]}
+        other = hidden(normed, {**weights, "layers": sharper}, {}, tokens)
+        assert not np.allclose(other, states, atol=0.05)
+
+
+# What the models' own cards and config.json say.
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+REAL = {
+    "Llama-3.1-8B": (
+        8_030_261_248,
+        {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3,
+        },
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        {
+            "model_type": "mistral",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+        },
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            "model_type": "qwen3",
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "rope_theta": 1000000,
+            "rope_scaling": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_have_their_size_and_run_in_shape(name):
+    parameters, raw = REAL[name]
+    real = models.config_from_huggingface(raw)
+    weights = table.abstract(models.table(real), jnp.bfloat16)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)) == parameters
+    tokens = jax.ShapeDtypeStruct((1, 5000), jnp.int32)
+    run = lambda weights, tokens: models.forward(real, weights, {}, tokens).hidden  # noqa: E731
+    states = jax.eval_shape(run, weights, tokens)
+    assert (states.shape, states.dtype) == ((1, 5000, real.width), jnp.bfloat16)
 
 
 def test_mistral_without_a_word_on_its_window_has_its_default(config):
@@ -299,7 +425,8 @@ def test_mistral_without_a_word_on_its_window_has_its_default(config):
 
 def test_a_position_counts_on_from_the_cached_end_of_its_row(config):
     cache = models.new_cache(config, 2, 8)
-    cache = cache.replace(segments=cache.segments.at[0, :4].set(1).at[1, :2].set(1))
+    seen = cache.segments.at[0, :4].set(1).at[1, :2].set(1)
+    cache = cache.replace(segments=seen, used=jnp.asarray(4))
     segments = jnp.asarray([[1, 1, 0], [0, 1, 1]])
     positions = decoder.place(segments, segments, None, cache).positions
     assert positions.tolist()[0][:2] == [4, 5]

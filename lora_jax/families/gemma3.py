@@ -1,0 +1,254 @@
+"""The Gemma 3 family, text only: local and global layers, norms before and after each part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import rope
+from lora_jax.decoder import Layer, Places
+from lora_jax.errors import refuse_all
+from lora_jax.parts import rotate
+from lora_jax.rope import Rope
+from lora_jax.table import Leaf
+
+Array = jax.Array
+Weights = Mapping[str, Any]
+
+# What a checkpoint's names begin with, and the names that may be stored without being wanted.
+PREFIX = "model."
+SPARE = (r".*rotary_emb\..*inv_freq", r"lm_head\.weight")
+
+# What LoRA changes unless told, and which projections IA3 rescales, on which side: in PEFT's
+# layout, and in the PEM paper's (keys, values and the intermediate activation).
+TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+IA3_LAYOUTS = {
+    "peft": {"self_attn.q_proj": "output", "self_attn.v_proj": "output", "mlp.down_proj": "input"},
+    "pem": {"self_attn.k_proj": "output", "self_attn.v_proj": "output", "mlp.up_proj": "output"},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What fixes a Gemma 3 model's shape and arithmetic."""
+
+    vocabulary: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    context: int
+    local: tuple[bool, ...]  # for every layer, whether its attention has a window
+    rope: Rope  # of the global layers
+    local_rope: Rope
+    window: int = 4096  # local attention reaches this many positions back
+    query_scalar: float = 256  # queries are divided by its root
+    eps: float = 1e-6
+    tied: bool = True  # the unembedding is the embedding
+
+
+def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
+    """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
+    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
+    problems += [
+        f"{key} = {raw[key]!r} is not supported"
+        for key, plain in _PLAIN.items()
+        if raw.get(key) not in (None, plain)
+    ]
+    refuse_all(problems, where)
+    refuse_all(_layer_problems(raw), where)
+    far, near = _ropes(raw)
+    return Config(
+        vocabulary=raw["vocab_size"],
+        width=raw["hidden_size"],
+        hidden=raw["intermediate_size"],
+        layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"],
+        kv_heads=raw["num_key_value_heads"],
+        head_width=raw["head_dim"],
+        context=raw.get("max_position_embeddings", 131_072),
+        local=_local(raw),
+        rope=rope.from_huggingface(far, raw["head_dim"]),
+        local_rope=rope.from_huggingface(near, raw["head_dim"]),
+        window=raw.get("sliding_window", 4096),
+        query_scalar=raw.get("query_pre_attn_scalar", 256),
+        eps=raw.get("rms_norm_eps", 1e-6),
+        tied=raw.get("tie_word_embeddings", True),
+    )
+
+
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+# Keys that change the arithmetic, and the one value that is implemented.
+_PLAIN = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+def _ropes(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rotary keys of the global and of the local layers, each as a config of one kind has them.
+
+    Configs of transformers 5 have both; older ones two bases, and a scaling of the global layers.
+    """
+    both = raw.get("rope_parameters") or {}
+    far = {"rope_theta": raw.get("rope_theta") or 1e6} | (raw.get("rope_scaling") or {})
+    near = {"rope_theta": raw.get("rope_local_base_freq") or 1e4}
+    found = far | (both.get(_GLOBAL) or {}), near | (both.get(_LOCAL) or {})
+    return {"rope_parameters": found[0]}, {"rope_parameters": found[1]}
+
+
+def _local(raw: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Which layers are local: as listed, or all but every sixth (or whatever the pattern says)."""
+    pattern = raw.get("sliding_window_pattern") or 6
+    listed = raw.get("layer_types")
+    if listed is None:
+        return tuple(bool((n + 1) % pattern) for n in range(raw["num_hidden_layers"]))
+    return tuple(kind == _LOCAL for kind in listed)
+
+
+def _layer_problems(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the kinds of layers and their rotary settings."""
+    kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
+    problems = []
+    if kinds is not None and (len(kinds) != layers or {*kinds} - {_LOCAL, _GLOBAL}):
+        problems.append(f"layer_types {kinds!r} is not {layers} times {_LOCAL} or {_GLOBAL}")
+    if raw.get("sliding_window", 4096) is None:
+        problems.append("sliding_window null is not supported")
+    far, near = _ropes(raw)
+    for keys, known in ((far, ("default", "linear")), (near, ("default",))):
+        given = keys["rope_parameters"]
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind in known:
+            problems += rope.problems(keys)
+        else:
+            problems.append(f"rope scaling {kind!r} is not supported ({' and '.join(known)} are)")
+    return problems
+
+
+def config_to_huggingface(config: Config) -> dict[str, Any]:
+    """The `config.json` of this config, as transformers writes it."""
+    far, near = (
+        rope.to_huggingface(r, config.head_width) for r in (config.rope, config.local_rope)
+    )
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "max_position_embeddings": config.context,
+        "layer_types": [_LOCAL if local else _GLOBAL for local in config.local],
+        "sliding_window": config.window,
+        "rope_parameters": {_GLOBAL: far["rope_parameters"], _LOCAL: near["rope_parameters"]},
+        "query_pre_attn_scalar": config.query_scalar,
+        "rms_norm_eps": config.eps,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def table(config: Config) -> dict[str, Leaf]:
+    """The family's weight table; a norm's weight is its gain less one, as checkpoints have it."""
+    n, d, f, v = config.layers, config.width, config.hidden, config.vocabulary
+    h, k = config.heads * config.head_width, config.kv_heads * config.head_width
+    kernels = {
+        "self_attn.q_proj": ("DH", (d, h)),
+        "self_attn.k_proj": ("DK", (d, k)),
+        "self_attn.v_proj": ("DK", (d, k)),
+        "self_attn.o_proj": ("HD", (h, d)),
+        "mlp.gate_proj": ("DF", (d, f)),
+        "mlp.up_proj": ("DF", (d, f)),
+        "mlp.down_proj": ("FD", (f, d)),
+    }
+    leaves = {"embed": Leaf("VD", (v, d), "model.embed_tokens.weight")}
+    for path, (axes, sizes) in kernels.items():
+        name = f"model.layers.{{n}}.{path}.weight"
+        leaves[f"layers.{path}"] = Leaf("N" + axes, (n, *sizes), name, transposed=True)
+    for path in _NORMS:
+        heads = path.startswith("self_attn")
+        axes, size = ("NC", config.head_width) if heads else ("ND", d)
+        name = f"model.layers.{{n}}.{path}.weight"
+        leaves[f"layers.{path}"] = Leaf(axes, (n, size), name, norm=True)
+    leaves["norm"] = Leaf("D", (d,), "model.norm.weight", norm=True)
+    if not config.tied:
+        leaves["unembed"] = Leaf("DV", (d, v), "lm_head.weight", transposed=True)
+    return leaves
+
+
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+)
+
+
+def begin(config: Config, weights: Weights, x: Array, places: Places) -> tuple[Array, Any]:
+    """The scaled embeddings, and what layers share: which are local, and a mask and rope of each.
+
+    The scale is rounded to the compute type, as transformers has it.
+    """
+    ropes = [rope.tables(r, places.positions) for r in (config.rope, config.local_rope)]
+    ropes = jax.tree.map(lambda *both: jnp.stack(both), *ropes)
+    masks = jnp.stack([places.mask(), places.mask(config.window)])
+    return x * jnp.asarray(config.width**0.5, x.dtype), (jnp.asarray(config.local), masks, ropes)
+
+
+def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
+    """One transformer layer: attention and a gated feed-forward, normed before and after."""
+    local, masks, ropes = shared
+    kind = local[step.number].astype(int)
+    mask, turns = jax.tree.map(lambda both: both[kind], (masks, ropes))
+
+    def norm(x: Array, path: str) -> Array:
+        return _norm(x, step.weights[path], config.eps)
+
+    h = norm(x, "input_layernorm")
+    q, k, v = (_heads(step.project(f"self_attn.{p}_proj", h), config) for p in "qkv")
+    q, k = (rotate(norm(y, f"self_attn.{p}_norm"), turns) for p, y in (("q", q), ("k", k)))
+    mixed = step.attend(q, k, v, mask, scale=config.query_scalar**-0.5)
+    mixed = step.project("self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
+    x = x + norm(mixed, "post_attention_layernorm")
+
+    h = norm(x, "pre_feedforward_layernorm")
+    gate = jax.nn.gelu(step.project("mlp.gate_proj", h), approximate=True)
+    fed = step.project("mlp.down_proj", gate * step.project("mlp.up_proj", h))
+    return x + norm(fed, "post_feedforward_layernorm")
+
+
+def finish(config: Config, weights: Weights, x: Array) -> Array:
+    """The final hidden states from the last layer's output."""
+    return _norm(x, weights["norm"], config.eps)
+
+
+def _norm(x: Array, weight: Array, eps: float) -> Array:
+    """x (..., D) over its root mean square, times 1 + weight; all in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+def _heads(x: Array, config: Config) -> Array:
+    return x.reshape(*x.shape[:-1], -1, config.head_width)

@@ -1,0 +1,237 @@
+"""Adapters of every kind that PEFT makes, on a model of every family: read here, and saved again.
+
+PEFT makes a random adapter of a random model; we load it and compute the same logits; what we save
+of it PEFT loads without a warning and computes the same logits again.
+"""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+
+from lora_jax import checkpoint, models, peft
+
+SMALL = {"vocab_size": 64, "initializer_range": 0.2}
+DECODER = SMALL | {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GROUPED = DECODER | {"num_key_value_heads": 2, "head_dim": 8}
+# transformers' classes and settings, and what the family calls its modules: two projections of the
+# attention, the feed-forward's last, its embedding, its head, its layers, and its last norm.
+LLAMA = "q_proj v_proj down_proj embed_tokens lm_head layers model.norm"
+MODELS = {
+    "llama": ("LlamaForCausalLM", GROUPED, LLAMA),
+    "llama, tied, biases": (
+        "LlamaForCausalLM",
+        GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        LLAMA,
+    ),
+    "qwen3": ("Qwen3ForCausalLM", GROUPED, LLAMA),
+    "phi3": (
+        "Phi3ForCausalLM",
+        GROUPED,
+        "qkv_proj o_proj down_proj embed_tokens lm_head layers model.norm",
+    ),
+    "phi": (
+        "PhiForCausalLM",
+        DECODER | {"partial_rotary_factor": 0.67},
+        "q_proj dense fc2 embed_tokens lm_head layers final_layernorm",
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        GROUPED | {"sliding_window": 4, "tie_word_embeddings": False},
+        LLAMA,
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        SMALL
+        | {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 32}
+        | {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None},
+        "c_attn attn.c_proj mlp.c_proj wte lm_head h ln_f",
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4},
+        "q v wo - - block decoder.final_layer_norm",
+    ),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        DECODER | {"max_position_embeddings": 40, "num_labels": 3, "pad_token_id": 1},
+        "query value output.dense word_embeddings - layer roberta.embeddings.LayerNorm",
+    ),
+}
+LORA = {"r": 3, "lora_alpha": 7}
+# By name: the config's class, and its settings from what the family calls its modules.
+OPTIONS = {
+    "lora": lambda q, v, f, *_: LORA | {"target_modules": [q, f]},
+    "rslora": lambda q, v, f, *_: LORA | {"use_rslora": True, "target_modules": [q, v]},
+    "patterns": lambda q, v, f, e, h, n, _: (
+        LORA
+        | {"target_modules": [q, v, f]}
+        | {
+            "rank_pattern": {q: 5, rf"{n}\.[02]\..*{f}": 2},
+            "alpha_pattern": {f"^.*{n}.1.*": 2, v: 9},
+        }
+    ),
+    "dora": lambda q, v, f, *_: LORA | {"use_dora": True, "target_modules": [q, f]},
+    "dora, rslora, patterns": lambda q, v, f, *_: (
+        LORA
+        | {"use_dora": True, "use_rslora": True, "target_modules": [q, f], "rank_pattern": {q: 2}}
+    ),
+    "lora_bias": lambda q, v, f, *_: LORA | {"lora_bias": True, "target_modules": [q, v]},
+    "bias all": lambda q, v, f, *_: LORA | {"bias": "all", "target_modules": [q, v]},
+    "bias lora_only": lambda q, v, f, *_: LORA | {"bias": "lora_only", "target_modules": [q, f]},
+    "modules_to_save": lambda q, v, f, e, h, n, norm: (
+        LORA | {"target_modules": [q], "modules_to_save": [norm, *({e, h} - {"-"})]}
+    ),
+    "a projection saved": lambda q, v, f, *_: (
+        LORA | {"target_modules": [q], "modules_to_save": [f]}
+    ),
+    "embedding and head": lambda q, v, f, e, h, *_: LORA | {"target_modules": [q, e, h]},
+    "embedding and head, dora": lambda q, v, f, e, h, *_: (
+        LORA | {"target_modules": [q, e, h], "use_dora": True}
+    ),
+    "some layers": lambda q, v, f, e, h, n, _: (
+        LORA | {"target_modules": [q, v], "layers_to_transform": [0, 2], "layers_pattern": n}
+    ),
+    "one layer, dora": lambda q, v, f, *_: (
+        LORA | {"target_modules": [q, v], "layers_to_transform": 1, "use_dora": True}
+    ),
+    "a pattern of targets": lambda q, v, f, e, h, n, _: (
+        LORA
+        | {
+            "target_modules": rf".*\.{n}\.[12]\..*\.({q}|{f})",
+            "exclude_modules": rf".*\.{n}\.2\..*{q}",
+        }
+    ),
+    "all-linear": lambda *_: LORA | {"target_modules": "all-linear"},
+    "ia3": lambda q, v, f, *_: {"target_modules": [v, f], "feedforward_modules": [f]},
+    "ia3, its default": lambda *_: {},
+    "ia3, a pattern": lambda q, v, f, e, h, n, _: {
+        "target_modules": rf".*\.{n}\.[02]\..*({q}|{f})",
+        "feedforward_modules": rf".*{f}",
+    },
+}
+# PEFT has no default there.
+IMPOSSIBLE = {("ia3, its default", "phi3"), ("ia3, its default", "qwen3")}
+CASES = [
+    (name, option)
+    for name, (_, _, words) in MODELS.items()
+    for option in OPTIONS
+    if not ("embedding" in option and " - " in words) and (option, name) not in IMPOSSIBLE
+]
+
+
+def random_torch(name, seed=0):
+    """A random model; its vectors too, which transformers starts at zero or one."""
+    kind, settings, _ = MODELS[name]
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**settings)).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "relative_attention_bias" in path:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def random_adapter(name, option, model):
+    """The model under a random adapter of PEFT's making: all that it would train is random."""
+    words = MODELS[name][2].split()
+    kind = IA3Config if option.startswith("ia3") else LoraConfig
+    tasks = {"t5": "SEQ_2_SEQ_LM", "roberta": "SEQ_CLS"}
+    settings = OPTIONS[option](*words) | {"task_type": tasks.get(name, "CAUSAL_LM")}
+    if "fan_in_fan_out" not in settings and name == "gpt2":
+        settings["fan_in_fan_out"] = True
+    torch.manual_seed(1)
+    model = get_peft_model(model, kind(**settings)).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "magnitude" in path or "ia3_l" in path:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A function from a model's name to its folder, our config and our weights."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("base")
+            random_torch(name).save_pretrained(folder)
+            config = checkpoint.read_config(folder)
+            made[name] = folder, config, checkpoint.load_weights(folder, config)
+        return made[name]
+
+    return make
+
+
+def in_torch(folder):
+    """The base in a folder, as transformers loads it."""
+    kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens(random_tokens):
+    return np.asarray(random_tokens(2, 7)) % 60 + 2
+
+
+def theirs(model, tokens):
+    """A torch model's logits: of tokens, of labels, or of a decoder that reads the same tokens."""
+    given = {"input_ids": torch.tensor(tokens)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = given["input_ids"]
+    with torch.no_grad():
+        return model(**given).logits.numpy()
+
+
+def ours(config, weights, adapter, tokens):
+    """Our logits of the same."""
+    kind = models.kind(config)
+    memory = None
+    if kind == "encoder-decoder":
+        memory = models.encode(config, weights, adapter, tokens)
+    hidden = models.forward(config, weights, adapter, tokens, memory=memory).hidden
+    if kind == "classifier":
+        return models.classify(config, weights, adapter, hidden)
+    return models.unembed(config, weights, adapter, hidden)
+
+
+run = jax.jit(ours, static_argnums=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT says while it makes an adapter
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_an_adapter_of_pefts_comes_and_goes(tmp_path, base, tokens, agree, name, option):
+    folder, config, weights = base(name)
+    model = random_adapter(name, option, in_torch(folder))
+    want = theirs(model, tokens)
+    assert np.abs(want - theirs(in_torch(folder), tokens)).max() > 0.02
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = peft.load_adapter(tmp_path / "theirs", config)
+    agree(f"{name}, {option}", run(config, weights, adapter, tokens), want, 1e-4)
+
+    peft.save_adapter(tmp_path / "ours", adapter, config, base_name=str(folder))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = PeftModel.from_pretrained(in_torch(folder), tmp_path / "ours").eval()
+    known = ("tie_word_embeddings", "is_gradient_checkpointing", "has no bias")
+    heads = ("fan_in_fan_out is set to True",) if "head" in option else ()
+    told = [str(w.message) for w in caught]
+    assert not [text for text in told if not any(k in text for k in (*known, *heads))]
+    agree(f"{name}, {option}, saved again", theirs(again, tokens), want, 1e-4)

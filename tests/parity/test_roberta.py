@@ -1,0 +1,222 @@
+"""RoBERTa for sequence classification, and its modules with a head of their own, against torch."""
+
+import copy
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+
+from lora_jax import checkpoint, merge, models, peft
+from lora_jax.modules import IA3, LoRA, Saved
+
+PAD = 1
+LORA = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "value"]}
+CASES = {
+    "LoRA": LoraConfig(task_type="SEQ_CLS", **LORA),
+    "IA3, PEFT's own targets": IA3Config(task_type="SEQ_CLS"),
+    "IA3, the PEM paper's": IA3Config(
+        task_type="SEQ_CLS",
+        target_modules=["key", "value", "intermediate.dense"],
+        feedforward_modules=[],
+    ),
+}
+
+
+def random_torch(seed=0, **options):
+    """A random classifier of three labels; its vectors too, which transformers starts at 0 or 1."""
+    torch.manual_seed(seed)
+    config = transformers.RobertaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        initializer_range=0.2,
+        layer_norm_eps=1e-5,
+        id2label={0: "no", 1: "maybe", 2: "yes"},
+        label2id={"no": 0, "maybe": 1, "yes": 2},
+        **options,
+    )
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A random classifier in torch, saved in `tmp_path / "base"`."""
+    model = random_torch()
+    model.save_pretrained(tmp_path / "base")
+    return model
+
+
+@pytest.fixture
+def base(tmp_path, theirs):
+    """The same one as we hold it: its config and weights."""
+    config = checkpoint.read_config(tmp_path / "base")
+    return config, checkpoint.load_weights(tmp_path / "base", config)
+
+
+@pytest.fixture
+def batch(random_tokens):
+    """Tokens and segments (3, 20) of unequal texts, padded on the right."""
+    segments = (np.arange(20) < np.array([20, 13, 6])[:, None]).astype(np.int32)
+    tokens = 3 + np.asarray(random_tokens(3, 20)) % 93
+    return np.where(segments > 0, tokens, PAD), segments
+
+
+def ours(config, weights, adapter, batch):
+    tokens, segments = batch
+    states = models.forward(config, weights, adapter, tokens, segments=segments).hidden
+    return models.classify(config, weights, adapter, states, segments)
+
+
+def torchs(model, batch, **options):
+    tokens, segments = (torch.tensor(x).long() for x in batch)
+    return model(tokens, attention_mask=segments, **options)
+
+
+def shake(model, seed=0):
+    """Gives everything that a PEFT model trains random values, its head too."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_what_transformers_saves_computes_the_same_here(tmp_path, batch, agree, types):
+    model = random_torch(type_vocab_size=types)
+    model.save_pretrained(tmp_path)
+    config = checkpoint.read_config(tmp_path)
+    assert config.labels == ("no", "maybe", "yes")
+    weights = checkpoint.load_weights(tmp_path, config)
+    theirs = torchs(model, batch).logits.detach()
+    agree(f"RoBERTa, {types} token types", ours(config, weights, {}, batch), theirs, 1e-4)
+
+
+def test_what_we_save_computes_the_same_there(tmp_path, theirs, base, batch, agree):
+    checkpoint.save_model(tmp_path / "ours", *base)
+    model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.id2label == theirs.config.id2label
+    found = torchs(model.eval(), batch).logits.detach()
+    agree("RoBERTa, saved by us", ours(*base, {}, batch), found, 1e-4)
+
+
+def test_a_masked_language_model_is_a_base_with_a_new_head(tmp_path, base, batch, agree):
+    model = transformers.RobertaForMaskedLM(random_torch().config).eval()
+    model.save_pretrained(tmp_path / "mlm")
+    config = checkpoint.read_config(tmp_path / "mlm")
+    weights = checkpoint.load_weights(tmp_path / "mlm", config)
+    tokens, segments = batch
+    states = models.forward(config, weights, {}, tokens, segments=segments).hidden
+    whole = torchs(model, batch, output_hidden_states=True).hidden_states[-1].detach().numpy()
+    real = segments[..., None]
+    agree("RoBERTa for masked language, states", states * real, whole * real, 1e-4)
+    assert weights["classifier.out_proj"].shape == (32, 3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_peft_saves_changes_the_labels_alike(tmp_path, theirs, base, batch, name, agree):
+    before = torchs(theirs, batch).logits.detach().numpy()
+    model = shake(get_peft_model(theirs, copy.deepcopy(CASES[name])))
+    model.save_pretrained(tmp_path / "a")
+    adapter = peft.load_adapter(tmp_path / "a", base[0])
+    assert {p for p, m in adapter.items() if isinstance(m, Saved)} == set(
+        models.head_paths(base[0])
+    )
+    after = torchs(model, batch).logits.detach().numpy()
+    assert np.abs(after - before).max() > 0.1
+    agree(f"{name} and a head from PEFT", ours(*base, adapter, batch), after, 1e-4)
+    merged = merge.merge(base[1], adapter)
+    agree(f"{name} and a head, merged", ours(base[0], merged, {}, batch), after, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["peft", "pem"])
+def test_pefts_ia3_targets_are_our_layouts(tmp_path, theirs, base, layout):
+    """PEFT's "output.dense" is the attention's output too, by its input."""
+    name = "IA3, PEFT's own targets" if layout == "peft" else "IA3, the PEM paper's"
+    get_peft_model(theirs, copy.deepcopy(CASES[name])).save_pretrained(tmp_path / "a")
+    adapter = peft.load_adapter(tmp_path / "a", base[0])
+    sides = {path: m.on for path, m in adapter.items() if isinstance(m, IA3)}
+    assert sides == models.ia3_layouts(base[0])[layout]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "peft", "pem"])
+def test_what_we_save_changes_pefts_labels_alike(
+    tmp_path, theirs, base, batch, random_lora, random_ia3, kind, agree
+):
+    config, weights = base
+    if kind == "LoRA":
+        adapter = random_lora(config, targets=["query", "output.dense"])
+    else:
+        adapter = random_ia3(config, layout=kind)
+    head = {path: Saved(weights[path] + 0.1) for path in models.head_paths(config)}
+    peft.save_adapter(tmp_path / "a", adapter | head, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a missing key is a warning
+        model = PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    assert type(model).__name__ == "PeftModelForSequenceClassification"
+    found = torchs(model, batch).logits.detach()
+    agree(f"{kind} and a head to PEFT", ours(*base, adapter | head, batch), found, 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_the_module_and_the_head(tmp_path, theirs, base, batch, name, agree):
+    """Of the mean cross-entropy of the labels, by every tensor that is trained."""
+    config, weights = base
+    model = shake(get_peft_model(theirs, copy.deepcopy(CASES[name])))
+    model.save_pretrained(tmp_path / "a")
+    adapter, targets = peft.load_adapter(tmp_path / "a", config), np.array([2, 0, 1])
+
+    def loss(adapter):
+        chances = jax.nn.log_softmax(ours(config, weights, adapter, batch))
+        return -chances[np.arange(3), targets].mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(adapter)
+    out = torchs(model, batch, labels=torch.tensor(targets))
+    out.loss.backward()
+    agree(f"{name}: loss", value, out.loss.item(), 1e-5)
+    found = {_plain(n): p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    pairs = list(_paired(gradients, found))
+    assert len(pairs) == len(found)
+    scaled = [[tensor.ravel() / np.abs(b).max() for tensor in (a, b)] for a, b in pairs]
+    one, other = (np.concatenate(side) for side in zip(*scaled, strict=True))
+    agree(f"{name}: gradients, each over its tensor's largest", one, other, 1e-4)
+
+
+def _plain(name):
+    """A parameter's name in a PEFT model without what PEFT puts around its module."""
+    for part in (".modules_to_save", ".default", "base_model.model."):
+        name = name.replace(part, "")
+    return name
+
+
+def _paired(gradients, found):
+    """Our gradients and torch's, tensor by tensor, in torch's orientation."""
+    for path, module in gradients.items():
+        if isinstance(module, Saved):
+            name = path if path.endswith(".bias") else f"{path}.weight"
+            yield np.asarray(module.value).T, found[name]
+            continue
+        for layer in range(3):
+            stem = f"roberta.encoder.layer.{layer}.{path}"
+            match module:
+                case LoRA(a, b):
+                    yield np.asarray(a[layer].T), found[f"{stem}.lora_A.weight"]
+                    yield np.asarray(b[layer].T), found[f"{stem}.lora_B.weight"]
+                case IA3(offset):
+                    yield np.asarray(offset[layer]), found[f"{stem}.ia3_l"].reshape(-1)
