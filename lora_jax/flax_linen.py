@@ -69,8 +69,8 @@ def merge(
     The inputs are those of `shapes`: only a call shows how a layer uses its kernel.
     """
     layers, found = _layers(variables), _contractions(model, variables, inputs, options)
-    shapes = {path: how.shape(layers[path].kernel.shape) for path, how in found.items()}
-    refuse_misfits(adapter, shapes)
+    sizes = {path: how.shape(layers[path].kernel.shape) for path, how in found.items()}
+    refuse_misfits(adapter, sizes)
     params = _flat(variables)
     for path, module in adapter.items():
         places = [(*layers[path].keys, name) for name in ("kernel", "bias")]
@@ -83,7 +83,9 @@ def merge(
 
 
 def _flat(variables: Variables) -> dict[tuple[str, ...], Any]:
-    return cast(Any, flatten_dict(variables.get("params", {})))
+    """The params by their places, without modules of an earlier call (of one with `mutable`)."""
+    params = cast(dict[tuple[str, ...], Any], flatten_dict(variables.get("params", {})))
+    return {keys: value for keys, value in params.items() if keys[-1] != BESIDE}
 
 
 @dataclass(frozen=True)

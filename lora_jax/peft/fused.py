@@ -31,8 +31,7 @@ class Arranged:
 
 
 def arranged(slots: Mapping[str, Slot], stored: Iterable[str], config: models.Config) -> Arranged:
-    """The base's places; where the file has fused what the base has apart, or the other way
-    round, the file's places instead."""
+    """The places for modules: the file's where one has fused what the other has apart."""
     found = Arranged(slots)
     for name in stored:
         for fused, parts in PARTS.items():

@@ -136,6 +136,13 @@ def test_each_of_the_adapters_counts_its_own_layers(variables):
     assert [bool(abs(layer).max() > 0) for layer in moved] == [False, True, False]
 
 
+def test_what_a_call_gives_back_of_params_holds_no_module_to_be_used_again():
+    model = nn.Dense(4)
+    params = model.init(jax.random.key(0), X[0])
+    _, state = flax_linen.apply(model, params, loras({"": (8, 4)}), X[0], mutable=True)
+    assert (flax_linen.apply(model, state, {}, X[0]) == model.apply(params, X[0])).all()
+
+
 def test_a_layers_own_type_is_kept():
     model = nn.Dense(4, dtype=jnp.bfloat16)
     params = model.init(jax.random.key(0), X)
