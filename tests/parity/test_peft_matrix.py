@@ -5,15 +5,28 @@ of it PEFT loads without a warning and computes the same logits again.
 """
 
 import warnings
+from functools import partialmethod
 
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    ArrowConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    create_arrow_model,
+    get_peft_model,
+)
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
+from compose.arrow import route_library
+from compose.genknowsub import genknowsub
+from compose.library import Library
 from lora_jax import checkpoint, models, peft
+from lora_jax.modules import init_lora
 
 SMALL = {"vocab_size": 64, "initializer_range": 0.2}
 DECODER = SMALL | {
@@ -235,3 +248,50 @@ def test_an_adapter_of_pefts_comes_and_goes(tmp_path, base, tokens, agree, name,
     told = [str(w.message) for w in caught]
     assert not [text for text in told if not any(k in text for k in (*known, *heads))]
     agree(f"{name}, {option}, saved again", theirs(again, tokens), want, 1e-4)
+
+
+ROUTED = [name for name in MODELS if name not in ("llama, tied, biases", "roberta")]
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT says while it loads adapters
+@pytest.mark.parametrize("general", [False, True], ids=["Arrow", "GenKnowSub"])
+@pytest.mark.parametrize("name", ROUTED)
+def test_routing_on_every_familys_targets(
+    tmp_path, monkeypatch, base, tokens, agree, name, general
+):
+    """PEFT is given as many power iterations as its prototypes take to settle."""
+    settle = partialmethod(ArrowLoraLinearLayer.top_right_singular_vec_from_BA, iters=2000)
+    monkeypatch.setattr(ArrowLoraLinearLayer, "top_right_singular_vec_from_BA", settle)
+    folder, config, weights = base(name)
+
+    def adapters(count, seed, size):
+        for n in range(seed, seed + count):
+            key = jax.random.key(n)
+            made = init_lora(
+                key,
+                models.projections(config),
+                targets=models.default_targets(config),
+                rank=2,
+                alpha=4.0,
+            )
+            for m, (path, module) in enumerate(made.items()):
+                b = size * jax.random.normal(jax.random.fold_in(key, m), module.b.shape)
+                made[path] = module.replace(b=b)
+            peft.save_adapter(tmp_path / str(n), made, config)
+            yield made
+
+    tasks, generals = list(adapters(3, 0, 0.3)), list(adapters(2, 10, 0.1))
+    library = Library(("a", "b", "c"), tuple(tasks))
+    if general:
+        library = genknowsub(library, generals, space="factor")
+    routed = route_library(library, top_k=2)
+    model = create_arrow_model(
+        in_torch(folder),
+        [str(tmp_path / str(n)) for n in range(3)],
+        ArrowConfig(top_k=2, use_gks=general, rng_seed=0),
+        [str(tmp_path / str(n)) for n in (10, 11)] if general else None,
+    ).eval()
+    found = run(config, weights, routed, tokens)
+    assert np.abs(found - run(config, weights, {}, tokens)).max() > 0.02
+    how = "GenKnowSub + Arrow" if general else "Arrow"
+    agree(f"{name}, {how}", found, theirs(model, tokens), 1e-4)

@@ -16,7 +16,7 @@ import pytest
 from compose import cli as compose
 from eval import cli as evaluate
 from lora_jax import checkpoint, models, peft, runtime, tokens
-from lora_jax.families import gpt2, llama, phi
+from lora_jax.families import gemma3, gpt2, llama, phi, phi3
 from lora_jax.rope import Rope
 from train import cli as train
 
@@ -24,6 +24,11 @@ FAMILIES = {
     "llama": llama.Config("llama", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), tied=True),
     "gpt2": gpt2.Config(264, 32, 64, 2, 4, 128),
     "phi": phi.Config(264, 32, 64, 2, 4, 4, 128, Rope(4)),
+    "qwen3": llama.Config("qwen3", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), qk_norm=True),
+    "phi3": phi3.Config(264, 32, 64, 2, 4, 2, 8, 128, Rope(8)),
+    "gemma3": gemma3.Config(
+        264, 32, 64, 2, 4, 1, 8, 128, (True, False), Rope(8), Rope(8), window=16, query_scalar=8
+    ),
 }
 QUESTIONS = [
     {"question": f"Where is the {n * 'very '}deep sea?", "choices": ["here", "over there", "no"]}
