@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -34,7 +34,7 @@ class Settings:
 
     rounds: int = 3  # turns of each side
     steps: int = 4  # timed steps a turn
-    worker: Annotated[Literal["ours", "peft"] | None, tyro.conf.Suppress] = None  # one side alone
+    worker: Literal["ours", "peft"] | None = None  # one side alone, as the command calls itself
 
 
 def main() -> None:

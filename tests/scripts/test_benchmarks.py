@@ -47,3 +47,10 @@ def test_step_flops_count_both_passes_of_every_frozen_product():
     tokens = benchmark_training.ROWS * benchmark_training.LENGTH
     expected = 4 * (2 * layer * tokens + 8 * 100 * 10)
     assert benchmark_training._step_flops(config, labels=10) == expected
+
+
+def test_each_side_is_run_by_the_command_that_the_benchmark_gives(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_training, "ours", lambda steps: {"completion": steps})
+    monkeypatch.setattr("sys.argv", ["benchmark_training", "--worker", "ours", "--steps", "2"])
+    benchmark_training.main()
+    assert capsys.readouterr().out == '{"completion": 2}\n'
