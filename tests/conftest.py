@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import gc
 import json
 import subprocess
 import sys
@@ -35,6 +36,19 @@ CHAT_TEMPLATE = (
 
 def pytest_configure(config):
     os.environ.setdefault("XLA_FLAGS", QUICK if "not parity" in config.option.markexpr else "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets compiled programs go before they use up the memory maps that Linux gives a process.
+
+    Beyond vm.max_map_count (65,530) a compilation ends in a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
