@@ -39,6 +39,7 @@ def delta_sum(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
     """The adapter whose delta is Σ wᵢ sᵢ aᵢbᵢ, exactly; ranks add up, weights go into b."""
 
     def add(modules: list[LoRA], weights: list[Weight]) -> LoRA:
+        """One projection's sum, by putting ranks side by side."""
         pairs = zip(modules, weights, strict=True)
         return concat([LoRA(m.a, _times(w, m.b), m.scale) for m, w in pairs])
 
@@ -57,6 +58,7 @@ def factor_sum(
     """
 
     def add(modules: list[LoRA], weights: list[Weight]) -> LoRA:
+        """One projection's sum, factor by factor."""
         modules = common_rank(common_scale(modules))
         sizes = [abs(w) for w in weights]
         a = _total(weights if "a" in sign else sizes, [module.a for module in modules])

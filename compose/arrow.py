@@ -108,6 +108,7 @@ def observe_routing(mask: Array) -> Observe:
     """
 
     def observe(path: str, module: Module | None, x: Array) -> dict[str, Array]:
+        """The routing of one projection, at one layer."""
         if not isinstance(module, Experts):
             return {}
         weights = route(x, module.prototypes, module.top_k, module.temperature)

@@ -47,6 +47,7 @@ def over_logits(
     kernel = head.kernel.astype(hidden.dtype)
 
     def of(hidden: Array, targets: Array) -> Any:
+        """The function of a chunk's logits."""
         logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
         if head.bias is not None:
             logits = logits + head.bias.astype(jnp.float32)

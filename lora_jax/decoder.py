@@ -252,6 +252,7 @@ def walk(
         xs["dropout"] = Dropout(jax.random.split(dropout.key, count), dropout.rate)
 
     def step(x: Array, xs: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """x after one layer, and what that layer leaves, as `scan` stacks it."""
         out: dict[str, Any] = {}
         apply, look = _projector(xs, observe, out), _attender(xs.get("pages"), used, out)
         keep = out.__setitem__
@@ -270,6 +271,7 @@ def _projector(xs: dict[str, Any], observe: Observe | None, out: dict[str, Any])
         keys = {p: Dropout(k, dropout.rate) for p, k in zip(sorted(adapter), split, strict=True)}
 
     def apply(path: str, x: Array) -> Array:
+        """The projection at a path, once its observer has seen its input."""
         module = adapter.get(path)
         if observe is not None:
             out.setdefault("observed", {})[path] = observe(path, module, x)
@@ -282,6 +284,7 @@ def _attender(pages: tuple[Array, Array] | None, used: Array | int, out: dict[st
     """A function that attends, to the cached keys and values too if there is a cache."""
 
     def look(q: Array, k: Array, v: Array, mask: Array, **options: Any) -> Array:
+        """What queries find among keys; the new ones are put into the cache first."""
         if pages is not None:
             k, v = (put(page, new, used) for page, new in zip(pages, (k, v), strict=True))
             out["pages"] = (k, v)

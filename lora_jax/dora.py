@@ -44,6 +44,7 @@ def with_magnitudes(adapter: Mapping[str, LoRA], weights: Mapping[str, Any]) -> 
     flat = flatten(weights)
 
     def one(path: str, module: LoRA) -> DoRA:
+        """A LoRA of the projection at a path with the magnitudes that it finds there."""
         if module.bias is not None:
             raise InputError(f"{path}: DoRA has no lora_bias; train without one of them")
         kernel = dense(flat[path] if path in flat else flat[f"layers.{path}"], jnp.float32)

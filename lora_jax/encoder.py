@@ -46,6 +46,7 @@ def encode(
     x = family.finish_source(config, weights, x)
 
     def remember(nothing: Array, step: Layer) -> Array:
+        """Keeps one decoder layer's keys and values of the source; no state goes on."""
         step.keep("memory", family.remember(config, x, step))
         return nothing
 

@@ -119,15 +119,19 @@ class _Beside(struct.PyTreeNode, meta.AxisMetadata[Any]):
     kernel: tuple[int, ...] = struct.field(pytree_node=False)  # its shape
 
     def unbox(self) -> Any:
+        """The module, as flax asks for what a box holds."""
         return self.module
 
     def replace_boxed(self, val: Any) -> "_Beside":
+        """The same box around another module."""
         return self.replace(module=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "_Beside":
+        """The box as it is: nothing is initialised through it."""
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Beside":
+        """The box of one layer's module; a stack that modules do not lie in is refused."""
         count = self.kernel[0]
         if index != 0:
             raise InputError(
@@ -149,6 +153,7 @@ def _interceptor(found: dict[str, Contraction] | None = None) -> Callable[..., A
     """
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """A layer's call, under the module that lies beside its kernel if one does."""
         layer = context.module
         beside = None if layer.scope is None else layer.get_variable("params", BESIDE)
         if beside is None or _is_around(layer, context.method_name):
@@ -215,6 +220,7 @@ def _contractions(
     found: dict[str, Contraction] = {}
 
     def trace(variables: Variables, *inputs: Any) -> None:
+        """A call that only notes what each layer does."""
         probes = {path: layer.kernel for path, layer in _layers(variables).items()}
         with nn.intercept_methods(_interceptor(found)):
             model.apply(_with(variables, probes), *inputs, **options)

@@ -71,7 +71,7 @@ def family(config: Config) -> ModuleType:
 
 def kind(config: Config) -> str:
     """What the model does: "causal", "encoder-decoder" or "classifier"."""
-    return getattr(family(config), "KIND", "causal")
+    return family(config).KIND
 
 
 def start_token(config: Config) -> int:

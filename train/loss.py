@@ -1,5 +1,6 @@
 """Cross-entropy where labels are, in chunks, so that no (batch, time, vocabulary) array exists."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,19 +49,18 @@ def token_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> ja
 def trained_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> jax.Array:
     """The same losses where a module trains the unembedding; a chunk's logits are made twice."""
 
-    @jax.checkpoint
-    def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return cross_entropy(_logits(hidden, head), targets)[0]
-
+    losses = jax.checkpoint(partial(_losses, head))
     return in_chunks(losses, (hidden, targets), CHUNK)
+
+
+def _losses(head: Unembedding, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """A chunk's losses (P,)."""
+    return cross_entropy(_logits(hidden, head), targets)[0]
 
 
 @jax.custom_vjp
 def _frozen_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> jax.Array:
-    def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return cross_entropy(_logits(hidden, head), targets)[0]
-
-    return in_chunks(losses, (hidden, targets), CHUNK)
+    return in_chunks(partial(_losses, head), (hidden, targets), CHUNK)
 
 
 def _forward(hidden: jax.Array, head: Unembedding, targets: jax.Array):

@@ -16,6 +16,8 @@ from lora_jax.table import Leaf, biased
 Array = jax.Array
 Weights = Mapping[str, Any]
 
+KIND = "causal"
+
 # What a checkpoint's names begin with, and the names that may be stored without being wanted.
 PREFIX = "transformer."
 SPARE = (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r"lm_head\.weight")

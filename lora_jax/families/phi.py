@@ -16,6 +16,8 @@ from lora_jax.table import Leaf, biased
 Array = jax.Array
 Weights = Mapping[str, Any]
 
+KIND = "causal"
+
 # What a checkpoint's names begin with, and the names that may be stored without being wanted.
 PREFIX = "model."
 SPARE = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
