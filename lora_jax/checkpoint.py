@@ -19,6 +19,8 @@ from lora_jax.files import new_folder, read_json, save_tensors, write_json
 from lora_jax.quantize import Quantized, place, quantized, refuse_quantized
 from lora_jax.table import Leaf, Table, flatten, is_projection, nest, new_weight, shardings
 
+COPIES = r"((encoder|decoder)\.embed_tokens|lm_head)\.weight"  # names of a tied embedding's copies
+
 
 def read_config(folder: Path) -> models.Config:
     """The model config of a Hugging Face folder."""
@@ -49,6 +51,7 @@ def load_weights(
         new = _lacking_head(stored, table)
         there = {path: leaf for path, leaf in table.items() if path not in new}
         _audit(stored, there, folder, family.SPARE)
+        _refuse_another_head(stored, there, folder)
         few = {path for path, leaf in there.items() if is_projection(leaf)}
         flat = {
             path: _quantized(_layers(stored, leaf, folder), quantization, placed.get(path))
@@ -140,6 +143,18 @@ def _audit(
         if shape != wanted[name].stored_shape():
             problems.append(f"{name} has shape {shape}, not {wanted[name].stored_shape()}")
     refuse_all(problems, str(folder))
+
+
+def _refuse_another_head(stored: Mapping[str, _Stored], table: Table, folder: Path) -> None:
+    """Refuses a tied model beside whose embedding another unembedding is stored."""
+    (name,) = table["embed"].names()
+    unwanted = stored.keys() - {n for leaf in table.values() for n in leaf.names()}
+    for copy in sorted(n for n in unwanted if re.fullmatch(COPIES, n)):
+        if not np.array_equal(stored[copy].value(), stored[name].value()):
+            raise InputError(
+                f"{folder}: {copy} is not equal to {name}, though config.json has them tied; "
+                f"remove {copy}, or say tie_word_embeddings: false if the model was trained so"
+            )
 
 
 def _layers(stored: Mapping[str, _Stored], leaf: Leaf, folder: Path) -> Iterator[np.ndarray]:

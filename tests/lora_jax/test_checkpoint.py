@@ -92,6 +92,13 @@ def refusal(folder, config) -> str:
     return str(caught.value)
 
 
+def test_another_unembedding_beside_a_tied_embedding_is_refused(folder, config):
+    tensors = tensors_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    store(folder, tensors)
+    assert "lm_head.weight is not equal to model.embed_tokens.weight" in refusal(folder, config)
+
+
 def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_told_at_once(folder, config):
     tensors = tensors_of(folder)
     del tensors["model.layers.1.mlp.up_proj.weight"]

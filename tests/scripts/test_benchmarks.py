@@ -12,7 +12,7 @@ from lora_jax.routing import routed
 from scripts import arrow_cost, benchmark_training, timing
 
 
-@pytest.mark.parametrize("name", ["benchmark_arrow", "benchmark_training"])
+@pytest.mark.parametrize("name", ["benchmark_arrow", "benchmark_compile", "benchmark_training"])
 def test_help_is_told_before_anything_heavy_is_imported(name, pytestconfig):
     code = f"import sys; from scripts.{name} import main\ntry: main()\nexcept SystemExit: pass\n"
     command = [sys.executable, "-c", code + "print(*sys.modules)", "--help"]
