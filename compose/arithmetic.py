@@ -4,8 +4,8 @@ Zhang et al., "Composing Parameter-Efficient Modules with Arithmetic Operations"
 projection is the zero module, and an empty adapter is zero everywhere. IA3 is stored as an offset
 from one, so its sums are sums of offsets, in either space alike. So are those of weights that
 modules keep whole, such as a classifier's head: what counts is how far each is from the base's, so
-that weights that add up to one average them, and any others leave the base's a share. Weights may
-be traced.
+that weights that add up to one average them, and any others leave the base's a share. A weight is
+one number, one a layer, or either by projection (`compose.weights`), and may be traced.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,11 @@ import numpy as np
 
 from compose.align import by_projection, common_rank, common_scale
 from compose.lowrank import concat
+from compose.weights import Mixing, Weight, Weights, at, refuse_lost, shares, times
 from lora_jax.errors import InputError
 from lora_jax.modules import IA3, Adapter, DoRA, LoRA, Module, Saved
 
 Space = Literal["delta", "factor"]
-Weight = float | jax.Array
-Weights = Sequence[Weight] | jax.Array
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Weights, *, space: Space) -> Adapter:
@@ -41,7 +40,7 @@ def delta_sum(adapters: Sequence[Adapter], weights: Weights) -> Adapter:
     def add(modules: list[LoRA], weights: list[Weight]) -> LoRA:
         """One projection's sum, by putting ranks side by side."""
         pairs = zip(modules, weights, strict=True)
-        return concat([LoRA(m.a, _times(w, m.b), m.scale) for m, w in pairs])
+        return concat([LoRA(m.a, times(w, m.b), m.scale) for m, w in pairs])
 
     return _sum(adapters, weights, add)
 
@@ -77,9 +76,11 @@ def _sum(adapters: Sequence[Adapter], weights: Weights, add: Add) -> Adapter:
         raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
     for path, module in (pair for adapter in adapters for pair in adapter.items()):
         _refuse_sum(path, module)
-    result = {}
-    for path, modules in by_projection(adapters).items():
-        present = [(m, w) for m, w in zip(modules, weights, strict=True) if m is not None]
+    table, result = by_projection(adapters), {}
+    refuse_lost(weights, table)
+    for path, modules in table.items():
+        pairs = zip(modules, weights, strict=True)
+        present = [(m, at(w, path)) for m, w in pairs if m is not None]
         result[path] = _add(path, [m for m, _ in present], [w for _, w in present], add)
     return result
 
@@ -108,6 +109,8 @@ def _add(path: str, modules: list[Module], weights: list[Weight], add: Add) -> M
 
 def _whole(modules: list[Saved], weights: list[Weight]) -> Saved:
     """The sum of whole weights; a share that is known to be 1, up to rounding, is left unsaid."""
+    if any(jnp.ndim(w) for w in weights):
+        raise InputError("weights that a module keeps whole take one number, not one a layer")
     value = _total(weights, [module.value for module in modules])
     share = _total(weights, [jnp.ones(()) if m.share is None else m.share for m in modules])
     known = not isinstance(share, jax.core.Tracer)
@@ -116,12 +119,8 @@ def _whole(modules: list[Saved], weights: list[Weight]) -> Saved:
 
 def _total(weights: list[Weight], tensors: list[jax.Array]) -> jax.Array:
     """Σ wᵢ xᵢ, each term in its tensor's own type, so that one tensor at weight 1 is itself."""
-    first, *rest = map(_times, weights, tensors)
+    first, *rest = map(times, weights, tensors)
     return sum(rest, first)
-
-
-def _times(weight: Weight, x: jax.Array) -> jax.Array:
-    return (weight * x).astype(x.dtype)
 
 
 def average(
@@ -131,11 +130,11 @@ def average(
     if not len(adapters):
         raise InputError("the average of no modules is undefined; give at least one")
     weights = [1.0] * len(adapters) if weights is None else weights
-    total = sum(weights)
-    return weighted_sum(adapters, [w / total for w in weights], space=space)
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter)
+    return weighted_sum(adapters, shares(weights, paths), space=space)
 
 
-def scale(adapter: Adapter, weight: Weight, *, space: Space) -> Adapter:
+def scale(adapter: Adapter, weight: Mixing, *, space: Space) -> Adapter:
     """w·m in the named space: a delta w times as large, or |w|·a and w·b (a delta of w|w|)."""
     return weighted_sum([adapter], [weight], space=space)
 
