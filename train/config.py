@@ -1,7 +1,7 @@
 """What a training run is asked to do: this dataclass is the command line of `lora-train`."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,20 @@ from train.presets import PRESETS
 
 Data = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
 Preset = Annotated[str, tyro.conf.arg(help=f"a paper's settings as defaults: {', '.join(PRESETS)}")]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Learns the weights of a sum of modules instead of a module."""
+
+    of: tuple[str, ...] = ()  # NAME=FOLDER of every adapter or library to mix
+    per: Literal["module", "layer", "projection"] = "module"  # what has a weight of its own
+    space: Literal["delta", "factor"] = "delta"  # what is summed; factor is LoRAHub's sum
+    start: float | None = None  # every weight before the first step (default: their sum is 1)
+    bound: float = 0.0  # weights stay within plus and minus this (0: any; LoRAHub: 1.5)
+    penalty: float = 0.0  # times the mean size of the weights, added to the loss (LoRAHub: 0.05)
+    search: int = 0  # evaluations of a gradient-free search, as LoRAHub's (0: by gradient)
+    rank: int = 0  # recompress the result to this rank (0: leave the sum of the ranks)
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,10 @@ class Config:
     init_seed: int = 0  # modules to be composed should share their initialisation
     start_from: str | None = None  # an adapter to go on training instead of a new one
 
-    objective: Literal["task", "language-model", "next-tokens"] = "task"  # rows, or plain text
+    mix: Mixing = Mixing()
+
+    # task: rows; language-model, next-tokens: plain text; entropy: plain text, for --mix alone
+    objective: Literal["task", "language-model", "next-tokens", "entropy"] = "task"
     prompt: str = ""  # template over a row's fields, such as "Question: {question}\nAnswer:"
     completion: str = ""  # template of what follows the prompt, such as " {answer}"
     second: str = ""  # classifiers: template of the second text of a pair; --prompt is the first
@@ -97,8 +114,30 @@ def checked(config: Config) -> Config:
         problems.append("--resume and --overwrite exclude each other")
     if config.completion and not config.prompt:
         problems.append("--completion is the template of what follows --prompt; give both")
-    refuse_all(problems, "lora-train")
+    refuse_all(problems + _mixing_problems(config), "lora-train")
     return config
+
+
+def _mixing_problems(config: Config) -> list[str]:
+    """What makes no sense of the settings of a learned mixture."""
+    mix = config.mix
+    numbers = {name: getattr(mix, name) for name in ("bound", "penalty", "search", "rank")}
+    problems = [
+        f"--mix.{name} must not be negative, and finite; got {value}"
+        for name, value in numbers.items()
+        if not 0 <= value < math.inf
+    ]
+    if mix.start is not None and not math.isfinite(mix.start):
+        problems.append(f"--mix.start must be finite; got {mix.start}")
+    if mix != Mixing() and not mix.of:
+        problems.append("--mix.of names what is mixed: NAME=FOLDER ...")
+    if config.objective == "entropy" and not mix.of:
+        problems.append("--objective entropy is for --mix.of: a module would learn to say one word")
+    if mix.search and mix.per != "module":
+        problems.append(f"--mix.search is for few weights; leave --mix.per {mix.per} out")
+    if mix.of and config.start_from is not None:
+        problems.append("--start-from is a module's; --mix.start is where the weights begin")
+    return problems
 
 
 def _flag(name: str) -> str:
@@ -112,10 +151,16 @@ _FREE |= {"learning_rate", "clip"}  # what a run that diverged needs
 
 def as_json(config: Config) -> dict[str, Any]:
     """The config as JSON values."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    paths = {name: str(v) for name, v in values.items() if isinstance(v, Path)}
-    lists = {name: list(v) for name, v in values.items() if isinstance(v, tuple)}
-    return values | paths | lists
+    return {name: _plain(value) for name, value in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings and tuples as lists, within dicts too."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def refuse_other_run(config: Config, saved: dict[str, Any]) -> None:

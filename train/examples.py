@@ -98,8 +98,9 @@ def _segments(
 
     "next-tokens" is GenKnowSub's objective (section 3): a context, and the loss on the few tokens
     after it (or on all of them, as its released code has it); what is left over at the end is no
-    segment. "language-model" learns every token. A segment begins as a text does, with the
-    beginning-of-text token if the tokenizer puts one: Gemma reads nothing without it.
+    segment. "language-model" learns every token; "entropy" guesses at every token. A segment begins
+    as a text does, with the beginning-of-text token if the tokenizer puts one: Gemma reads nothing
+    without it.
     """
     few = config.objective == "next-tokens"
     size = config.context + config.predict if few else config.length

@@ -27,7 +27,7 @@ class Run:
 
     config: Config
     programs: Programs
-    weights: Any
+    frozen: Any  # the base's weights, or whatever the subject makes a pass of
     plan: Plan
     held_out: Plan | None
     steps: int
@@ -62,7 +62,7 @@ def fit(run: Run, state: State, progress: Progress, task: TaskID) -> State:
         rows = next(batches)
         batch = assemble(run.plan, rows)
         tokens = count_tokens(batch)
-        state, metrics = run.programs.train(run.weights, state, put_batch(batch, run.mesh, axis=1))
+        state, metrics = run.programs.train(run.frozen, state, put_batch(batch, run.mesh, axis=1))
         if flying is not None:
             since = _land(run, flying, since, state, progress, task)
         flying = Flight(step + 1, metrics, rows, tokens)
@@ -117,7 +117,7 @@ def validation(run: Run, adapter: Any) -> dict[str, float]:
     """
     assert run.held_out is not None
     sums = [
-        run.programs.validate(run.weights, adapter, put_batch(batch, run.mesh, axis=1))
+        run.programs.validate(run.frozen, adapter, put_batch(batch, run.mesh, axis=1))
         for batch in _once(run.held_out)
     ]
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}

@@ -53,6 +53,17 @@ def trained_losses(hidden: jax.Array, head: Unembedding, targets: jax.Array) -> 
     return in_chunks(losses, (hidden, targets), CHUNK)
 
 
+def entropies(hidden: jax.Array, head: Unembedding) -> jax.Array:
+    """The entropy in nats (P,) of the guess at the next token, from hidden (P, D)."""
+    return in_chunks(jax.checkpoint(partial(_entropies, head)), (hidden,), CHUNK)
+
+
+def _entropies(head: Unembedding, hidden: jax.Array) -> jax.Array:
+    """A chunk's entropies (P,)."""
+    chances = jax.nn.log_softmax(_logits(hidden, head))
+    return -jnp.sum(jnp.exp(chances) * chances, axis=-1)
+
+
 def _losses(head: Unembedding, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """A chunk's losses (P,)."""
     return cross_entropy(_logits(hidden, head), targets)[0]
@@ -99,12 +110,10 @@ def batch_loss(
     weights: Any,
     adapter: Adapter,
     batch: Batch,
-    *,
-    dropout: Dropout | None = None,
-    remat: bool = False,
+    **options: Any,
 ) -> jax.Array:
     """The sum over a batch's labels of their negative log-likelihoods, in nats."""
-    return batch_sums(config, weights, adapter, batch, dropout=dropout, remat=remat)["loss"]
+    return batch_sums(config, weights, adapter, batch, **options)["loss"]
 
 
 def batch_sums(
@@ -115,10 +124,12 @@ def batch_sums(
     *,
     dropout: Dropout | None = None,
     remat: bool = False,
+    entropy: bool = False,
 ) -> dict[str, jax.Array]:
     """Sums over a batch's labels: "loss", in nats, "labels", how many there are, and "accuracy".
 
-    The last, how many were the likeliest, is there only if the base model is a classifier.
+    The last, how many were the likeliest, is there only if the base model is a classifier. The loss
+    is the labels' negative log-likelihood, or the `entropy` of the guesses at them.
     """
     options = {"dropout": dropout, "remat": remat}
     memory = None
@@ -139,9 +150,15 @@ def batch_sums(
     labels = {"labels": batch.weights.sum()}
     if models.kind(config) == "classifier":
         return labels | _label_sums(models.label_logits(config, weights, adapter, scored), batch)
-    head = models.unembedding(config, weights, adapter)
-    losses = trained_losses if models.trains_unembedding(adapter) else token_losses
-    flat = losses(scored.reshape(-1, scored.shape[-1]), head, batch.targets.reshape(-1))
+    head, states = (
+        models.unembedding(config, weights, adapter),
+        scored.reshape(-1, scored.shape[-1]),
+    )
+    if entropy:
+        flat = entropies(states, head)
+    else:
+        losses = trained_losses if models.trains_unembedding(adapter) else token_losses
+        flat = losses(states, head, batch.targets.reshape(-1))
     return labels | {"loss": jnp.sum(flat * batch.weights.reshape(-1))}
 
 

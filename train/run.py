@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
-from compose.inputs import located
+from compose.inputs import base_name, located, named_folders
 from lora_jax import models, peft
 from lora_jax.bases import Base, load_base, load_config
 from lora_jax.dora import with_magnitudes
@@ -28,9 +29,13 @@ from train.config import Config, as_json, checked, refuse_other_run
 from train.data import plan_data
 from train.interrupt import stop_asked
 from train.loop import Run, fit
+from train.mixing import Mix, first_weights, load_mix, mixed_module, mixing_subject
+from train.mixing_report import weight_table, write_mixing
 from train.record import draw_losses, forget_after, provenance, read_metrics
 from train.rows import existing
+from train.search import search
 from train.step import State, make_programs
+from train.subject import MODULE, Subject
 
 RECORD = "training.json"  # the run's config and provenance, beside the adapter
 
@@ -51,11 +56,13 @@ def train(config: Config, base: Base | None = None) -> Path:
     _refuse_mistyped(config, base)
     base = base or _loaded(config, mesh)
     plan, held_out = plan_data(config, base, mesh)
-    steps = config.steps or max(round(config.epochs * plan.steps), 1)
-    programs = make_programs(config, base.config, steps, mesh)
-    state = programs.start(first_adapter(config, base))
+    steps = config.mix.search or config.steps or max(round(config.epochs * plan.steps), 1)
+    mix = load_mix(config, base.config) if config.mix.of else None
     # Committed to its place, as restored and validated states are, or each kind would compile anew.
-    state = jax.device_put(state, replicated(mesh) if mesh is not None else jax.devices()[0])
+    place = replicated(mesh) if mesh is not None else jax.devices()[0]
+    subject, frozen, first = _subject(config, base, mix, place)
+    programs = make_programs(config, base.config, steps, mesh, subject)
+    state = jax.device_put(programs.start(first), place)
     record = {"config": as_json(config), "finished": False, **provenance(config, base)}
     _refuse_changes(saved, record, config.out)
     _open_folder(config)
@@ -63,14 +70,16 @@ def train(config: Config, base: Base | None = None) -> Path:
     with open_checkpoints(config.out / "checkpoints") as checkpointer, stop_asked() as stop:
         state = (restore(checkpointer, state) if config.resume else None) or state
         metrics = config.out / "metrics.jsonl"
-        forget_after(metrics, int(state.step))
+        if not config.mix.search:
+            forget_after(metrics, int(state.step))
         saver = Saver(checkpointer) if config.checkpoint_every else None
-        run = Run(config, programs, base.weights, plan, held_out, steps, mesh, metrics, saver, stop)
+        run = Run(config, programs, frozen, plan, held_out, steps, mesh, metrics, saver, stop)
         began = time.perf_counter()
-        state = _fit_with_progress(run, state)
+        state = _fit_with_progress(run, subject, state)
         if saver is not None:
             saver.wait()
-    _write_result(run, state, base, record | {"seconds": round(time.perf_counter() - began, 2)})
+    seconds = {"seconds": round(time.perf_counter() - began, 2)}
+    _write_result(run, state, base, mix, record | seconds)
     return config.out
 
 
@@ -81,6 +90,8 @@ def _refuse_mistyped(config: Config, base: Base | None) -> None:
             existing(source)
     if config.start_from is not None:
         read_settings(located(config.start_from))
+    for folder in named_folders(config.mix.of).values():
+        base_name(located(folder))
     shapes = models.projections(base.config if base else load_config(config.base))
     if config.kind != "ia3":
         resolve_targets(config.targets, shapes)
@@ -128,6 +139,14 @@ def _open_folder(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
 
 
+def _subject(config: Config, base: Base, mix: Mix | None, place: Any) -> tuple[Subject, Any, Any]:
+    """How the run trains, what is frozen, and what is trained as it is before the first step."""
+    if mix is None:
+        return MODULE, base.weights, first_adapter(config, base)
+    frozen = (base.weights, jax.device_put(mix.adapters, place))
+    return mixing_subject(config.mix), frozen, first_weights(config.mix, mix.adapters)
+
+
 def first_adapter(config: Config, base: Base) -> Adapter:
     """The module as it is before the first step, with the head that a classifier trains too."""
     head = first_head(base.config, base.weights)
@@ -156,24 +175,33 @@ def _new_module(config: Config, base: Base) -> dict[str, Module]:
     return dict(with_magnitudes(lora, base.weights) if config.kind == "dora" else lora)
 
 
-def _fit_with_progress(run: Run, state: State) -> State:
-    with bar("training") as progress:
+def _fit_with_progress(run: Run, subject: Subject, state: State) -> State:
+    with bar("mixing" if run.config.mix.of else "training") as progress:
         task = progress.add_task(
             run.config.out.name, total=run.steps, completed=int(state.step), note="compiling"
         )
+        if run.config.mix.search:
+            return search(run, subject, state, progress, task)
         return fit(run, state, progress, task)
 
 
-def _write_result(run: Run, state: State, base: Base, record: dict[str, Any]) -> None:
+def _write_result(
+    run: Run, state: State, base: Base, mix: Mix | None, record: dict[str, Any]
+) -> None:
     """Writes the adapter, the record and the loss curve into the output folder."""
     config, out = run.config, run.config.out
-    adapter = state.best if np.isfinite(float(state.best_loss)) else state.adapter
+    trained = state.best if np.isfinite(float(state.best_loss)) else state.adapter
+    adapter, errors = (trained, {}) if mix is None else mixed_module(config.mix, mix, trained)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         peft.write_adapter(Path(scratch), adapter, base.config, base_name=published(config.base))
+        if mix is not None:
+            write_mixing(Path(scratch), config.mix, mix, trained, errors)
+            Console(stderr=True).print(weight_table(mix.names, trained))
         for path in Path(scratch).iterdir():
             path.replace(out / path.name)
     metrics = read_metrics(run.metrics)
-    draw_losses(metrics, out / "loss.png", f"{out.name}: {config.kind} on {config.base}")
+    kind = config.kind if mix is None else f"{len(mix.names)} modules mixed"
+    draw_losses(metrics, out / "loss.png", f"{out.name}: {kind} on {config.base}")
     best = float(state.best_loss)
     write_json(
         out / RECORD,

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from lora_jax import models
 from lora_jax.mesh import replicated
-from lora_jax.modules import Adapter
 from lora_jax.project import Dropout
 from train.config import Config
 from train.loss import Batch, batch_loss, batch_sums
+from train.subject import MODULE, Subject, bounded
 
 
 @struct.dataclass
@@ -23,9 +23,9 @@ class State:
     """Everything that a resumed run needs, besides its config and its data."""
 
     step: jax.Array  # optimiser steps done
-    adapter: dict[str, Any]
+    adapter: Any  # or what else is trained
     optimizer: Any
-    best: dict[str, Any]  # the adapter of the lowest validation loss
+    best: Any  # the adapter of the lowest validation loss
     best_loss: jax.Array  # nats a label; infinite before the first validation
     failed: jax.Array  # a loss or gradient was not finite; the state is the one before it
 
@@ -34,13 +34,15 @@ class State:
 class Programs:
     """A run's compiled programs."""
 
-    start: Callable[[Adapter], State]
+    start: Callable[[Any], State]
     train: Callable[[Any, State, Batch], tuple[State, dict[str, jax.Array]]]
-    validate: Callable[[Any, Adapter, Batch], dict[str, jax.Array]]
+    validate: Callable[[Any, Any, Batch], dict[str, jax.Array]]
 
 
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """AdamW behind a global clip, on the run's schedule."""
+def make_optimizer(
+    config: Config, steps: int, bound: float | None = None
+) -> optax.GradientTransformation:
+    """AdamW behind a global clip, on the run's schedule; its steps end within ±bound."""
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.optimizer_beta1,
@@ -48,7 +50,8 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
         eps=config.optimizer_eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    parts = [optax.clip_by_global_norm(config.clip)] * bool(config.clip) + [adamw]
+    return optax.chain(*parts, *([] if bound is None else [bounded(bound)]))
 
 
 def make_schedule(config: Config, steps: int) -> optax.Schedule:
@@ -66,30 +69,36 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_programs(
-    config: Config, model: models.Config, steps: int, mesh: Mesh | None = None
+    config: Config,
+    model: models.Config,
+    steps: int,
+    mesh: Mesh | None = None,
+    subject: Subject = MODULE,
 ) -> Programs:
     """The programs of a run: start a state, take a step, validate.
 
-    On a mesh the state stays whole on every device, as modules are small.
+    What is `frozen` is the base's weights, or whatever the subject makes a pass of. On a mesh the
+    state stays whole on every device, as modules are small.
     """
-    optimizer, schedule = make_optimizer(config, steps), make_schedule(config, steps)
+    optimizer, schedule = make_optimizer(config, steps, subject.bound), make_schedule(config, steps)
 
-    def start(adapter: Adapter) -> State:
+    def start(adapter: Any) -> State:
         return first_state(optimizer, adapter)
 
-    def train(weights: Any, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def train(frozen: Any, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The state after a step, and the step's metrics."""
-        loss, gradient = loss_and_gradient(config, model, weights, state, batch)
+        loss, gradient = loss_and_gradient(config, model, subject, frozen, state, batch)
         norm = optax.tree.norm(gradient)
         rate = jnp.asarray(schedule(state.step))
         failed = state.failed | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
         metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
         return next_state(optimizer, state, gradient, failed), metrics
 
-    def validate(weights: Any, adapter: Adapter, batch: Batch) -> dict[str, jax.Array]:
+    def validate(frozen: Any, adapter: Any, batch: Batch) -> dict[str, jax.Array]:
         """The sums over a batch that validation averages."""
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        return batch_sums(model, weights, adapter, flat)
+        entropy = config.objective == "entropy"
+        return batch_sums(model, *subject.applied(frozen, adapter), flat, entropy=entropy)
 
     # Said outright, or the compiler cuts the state as it likes and the second step compiles anew.
     placed = None if mesh is None else replicated(mesh)
@@ -97,9 +106,8 @@ def make_programs(
     return Programs(jax.jit(start), step, jax.jit(validate))
 
 
-def first_state(optimizer: optax.GradientTransformation, adapter: Adapter) -> State:
-    """The state of a run that begins with `adapter`."""
-    adapter = dict(adapter)
+def first_state(optimizer: optax.GradientTransformation, adapter: Any) -> State:
+    """The state of a run that begins with `adapter`, or what else the subject trains."""
     # The optimiser and the best adapter get buffers of their own, since steps donate them.
     best = jax.tree.map(jnp.copy, adapter)
     # Typed outright: a weak type would compile the step anew once a typed loss replaces it.
@@ -108,18 +116,19 @@ def first_state(optimizer: optax.GradientTransformation, adapter: Adapter) -> St
 
 
 def loss_and_gradient(
-    config: Config, model: models.Config, weights: Any, state: State, batch: Batch
+    config: Config, model: models.Config, subject: Subject, frozen: Any, state: State, batch: Batch
 ) -> tuple[jax.Array, Any]:
     """The loss a label and its gradient, summed over the accumulated parts of a batch."""
     labels = jnp.maximum(batch.weights.sum(), 1)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def part_loss(adapter: Adapter, index: jax.Array, part: Batch) -> jax.Array:
+    def part_loss(trained: Any, index: jax.Array, part: Batch) -> jax.Array:
         """A part's share of the loss a label; each part draws a dropout of its own."""
         dropout = Dropout(jax.random.fold_in(key, index), config.dropout)
-        chosen = dropout if config.dropout else None
-        summed = batch_loss(model, weights, adapter, part, dropout=chosen, remat=config.remat)
-        return summed / labels
+        options = {"dropout": dropout if config.dropout else None, "remat": config.remat}
+        options["entropy"] = config.objective == "entropy"
+        summed = batch_loss(model, *subject.applied(frozen, trained), part, **options)
+        return summed / labels + subject.penalty(trained) / config.accumulate
 
     def add(total: Any, indexed_part: tuple[Any, Batch]) -> tuple[Any, None]:
         """The total with one part's loss and gradient added, as `scan` carries it."""
