@@ -85,7 +85,7 @@ def _states_after_prefix(
     """
     (rows, time), (_, choices, size) = batch.prefix.shape, batch.rest.shape
     fed = batch.rest[:, :, :-1].reshape(rows, -1)  # a last token is predicted, never read
-    segments, positions = _places(batch)
+    segments, positions = _places(batch, config.context)
     hidden = models.forward(
         config,
         weights,
@@ -123,14 +123,18 @@ def _states_after_source(
     return hidden, jnp.asarray(batch.rest).reshape(rows, -1)
 
 
-def _places(batch: Batch) -> tuple[Array, Array]:
-    """Segments and positions (B, T + K(A-1)): the prefix is seen by all, a choice by itself."""
+def _places(batch: Batch, context: int) -> tuple[Array, Array]:
+    """Segments and positions (B, T + K(A-1)): the prefix is seen by all, a choice by itself.
+
+    What fills a shorter choice up stays within the context, where positions are learned.
+    """
     (rows, time), (_, choices, size) = batch.prefix.shape, batch.rest.shape
     length = jnp.sum(jnp.asarray(batch.segments) != 0, axis=1, keepdims=True)
     slots = jnp.arange(time) - (time - length)
     number, step = _choice_places(rows, choices, size - 1)
     segments = jnp.concatenate([batch.segments, number], axis=1)
-    return segments, jnp.concatenate([jnp.maximum(slots, 0), length + step], axis=1)
+    after = jnp.minimum(length + step, context - 1)
+    return segments, jnp.concatenate([jnp.maximum(slots, 0), after], axis=1)
 
 
 def _choice_places(rows: int, choices: int, size: int) -> tuple[Array, Array]:

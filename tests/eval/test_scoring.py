@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from eval import batches, compare, devices, scoring
+from eval.harness_requests import item
+from lora_jax.families import gpt2
 
 
 def measured(run, adapters, items, **size):
@@ -71,3 +73,19 @@ def test_score_has_a_gradient_for_the_adapter(config, weights, random_lora, enco
     total = jax.jit(jax.grad(lambda a: scoring.score(config, weights, a, batch).sum()))
     gradient = total(adapter)
     assert all(np.any(leaf) and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_what_fills_a_choice_stays_within_learned_positions(random_weights):
+    """A long prefix with a short choice, batched with a short prefix and long choices."""
+    config = gpt2.Config(264, 32, 64, 2, 4, context=32)
+    weights = random_weights(config)
+    full = [(("a", "b"), list(range(29)), [choice]) for choice in (5, 6)]
+    long = [(("c", "d"), [1, 2, 3], list(range(20 + n, 30 + n))) for n in (0, 20)]
+    items = [item(requests, config.context) for requests in (full, long)]
+
+    def scores(items):
+        [(order, batch)] = batches.plan(items, tokens=4096, program=512)
+        return scoring.likelihood(config, weights, {}, batch)[: len(order), :, 0]
+
+    alone = np.concatenate([scores([one]) for one in items])
+    np.testing.assert_allclose(scores(items), alone, rtol=1e-4)
