@@ -22,10 +22,3 @@ ACTIVATIONS = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-
-
-def activation_problems(key: str, name: str) -> list[str]:
-    """What is wrong with a config whose `key` asks for the activation `name`."""
-    if name in ACTIVATIONS:
-        return []
-    return [f"{key} {name!r} is not supported ({', '.join(ACTIVATIONS)} are)"]

@@ -1,7 +1,7 @@
 """Base models from and to Hugging Face folders: config.json and (sharded) safetensors."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from lora_jax.files import new_folder, read_json, save_tensors, write_json
 from lora_jax.quantize import Quantized, place, quantized, refuse_quantized
 from lora_jax.table import Leaf, Table, flatten, is_projection, nest, new_weight, shardings
 
+FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names of what weights may be stored in
 COPIES = r"((encoder|decoder)\.embed_tokens|lm_head)\.weight"  # names of a tied embedding's copies
 
 
@@ -103,6 +104,16 @@ def open_safetensors(path: Path):
         raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
 
 
+def type_problems(file: Any, names: Iterable[str]) -> list[str]:
+    """Tensors of an open safetensors file that are not of plain floating-point numbers."""
+    kinds = {name: file.get_slice(name).get_dtype() for name in names}
+    return [
+        f"{name} is {kind}, not one of {', '.join(FLOATS)}: give weights that were not quantized"
+        for name, kind in kinds.items()
+        if kind not in FLOATS
+    ]
+
+
 def _prefixed(stored: Mapping[str, Any], table: Table, prefix: str) -> dict[str, "_Stored"]:
     """What is stored by the table's names: some exporters leave the model's `prefix` out."""
     wanted = {name for leaf in table.values() for name in leaf.names()}
@@ -119,6 +130,9 @@ class _Stored:
 
     file: Any
     name: str
+
+    def type_problems(self) -> list[str]:
+        return type_problems(self.file, [self.name])
 
     def shape(self) -> tuple[int, ...]:
         return tuple(self.file.get_slice(self.name).get_shape())
@@ -139,6 +153,7 @@ def _audit(
     problems = [f"{name} is missing" for name in wanted if name not in stored]
     problems += [f"{name} is not expected" for name in stored if name not in {*wanted, *spare}]
     for name in wanted.keys() & stored.keys():
+        problems += stored[name].type_problems()
         shape = stored[name].shape()
         if shape != wanted[name].stored_shape():
             problems.append(f"{name} has shape {shape}, not {wanted[name].stored_shape()}")

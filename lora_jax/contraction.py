@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.merge import changed_by
-from lora_jax.modules import IA3, Adapter, Experts, Module, Saved
+from lora_jax.modules import IA3, Adapter, DoRA, Experts, Module, PerExample, Saved
 from lora_jax.project import changed
 
 
@@ -148,9 +148,15 @@ def refuse_misfits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...] | None
 def _fits(module: Any, shape: tuple[int, ...]) -> bool:
     """Whether a module is one of a kernel (..., I, O)."""
     *lead, size, out = shape
+    if isinstance(module, PerExample):
+        slots = jax.tree.leaves(module.parts)[0].shape[len(lead)]
+        return all(_fits(part, (*lead, slots, size, out)) for part in module.parts)
     if isinstance(module, IA3):
         return module.offset.shape == (*lead, size if module.on == "input" else out)
     if isinstance(module, Experts):
-        lead = [*lead, module.prototypes.shape[-2]]
+        lead = [*lead, module.a.shape[-3]]
     rank = module.a.shape[-1]
+    row = module.magnitude if isinstance(module, DoRA) else getattr(module, "bias", None)
+    if row is not None and row.shape != (*lead, out):
+        return False
     return module.a.shape == (*lead, size, rank) and module.b.shape == (*lead, rank, out)

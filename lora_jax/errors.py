@@ -1,5 +1,8 @@
 """The one error a user should see: what was given cannot be used, and what to do about it."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class InputError(ValueError):
     """Something a user gave (a file, a flag, a name, a row) cannot be used.
@@ -14,3 +17,10 @@ def refuse_all(problems: list[str], where: str) -> None:
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise InputError(f"{where}: " + "; ".join(shown))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is none of the `known` ones: the nearest of them, or all."""
+    known = list(known)
+    close = get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known) or 'none'}"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from lora_jax import bases, checkpoint, models
 from lora_jax.errors import InputError
-from lora_jax.files import new_folder, read_json, write_json
+from lora_jax.files import new_folder, read_json, write_beside, write_json
 from lora_jax.merge import merge
 from lora_jax.modules import Adapter
 
+DTYPES = ("float32", "bfloat16", "float16")
 # What goes with the weights: the tokenizer and the settings of generation.
 BESIDE = ("*token*.json", "*token*.txt", "generation_config.json", "*.model", "*.jinja")
 BESIDE += ("vocab.json", "vocab.txt", "merges.txt", "preprocessor_config.json")
@@ -30,14 +31,14 @@ def save_merged(
 ) -> None:
     """Writes the base model called `base` with an adapter merged into it, tokenizer and all.
 
-    It is merged in float32 and written in the base's own type. `extra` maps names of JSON files to
-    values that are written beside it.
+    It is merged in float32 and written in the base's own type. `extra` maps names of files to
+    texts, or values for JSON, that are written beside it.
     """
     source = bases.load_base(base, dtype=jnp.float32)
     raw = read_json(source.folder / "config.json")
     weights, config = merge(source.weights, adapter), _untied(source.config, adapter)
     config = _relabelled(config, weights)
-    dtype = jnp.dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    dtype = _dtype(raw, source.folder)
     weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     untied = {} if config.tied == source.config.tied else {"tie_word_embeddings": False}
     if models.kind(config) == "classifier":
@@ -50,8 +51,19 @@ def save_merged(
         write_json(scratch / "config.json", raw | untied)
         for path in {path for pattern in BESIDE for path in source.folder.glob(pattern)}:
             shutil.copyfile(path, scratch / path.name)
-        for name, value in (extra or {}).items():
-            write_json(scratch / name, value)
+        write_beside(scratch, extra or {})
+
+
+def _dtype(raw: Mapping[str, Any], folder: Path) -> Any:
+    """The type in which a base is stored, as its config says."""
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    plain = str(name).removeprefix("torch.")
+    if plain not in DTYPES:
+        raise InputError(
+            f"{folder / 'config.json'}: dtype {name!r} is none of {', '.join(DTYPES)}; say which "
+            f"the merged model shall have"
+        )
+    return jnp.dtype(plain)
 
 
 def _relabelled(config: Any, weights: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import write_json
 
 Meta = Mapping[str, Any]
@@ -19,6 +19,7 @@ def write_tokenizer(meta: Meta, folder: Path, source: Path) -> None:
     """
     from tokenizers import AddedToken
 
+    refuse_all(_problems(meta), str(source))
     tokenizer = _cutter(meta, source)
     for special, type_ in ((True, _CONTROL), (False, _USER_DEFINED)):
         added = _of_type(meta, type_)
@@ -27,6 +28,22 @@ def write_tokenizer(meta: Meta, folder: Path, source: Path) -> None:
         tokenizer.post_processor = _opening(meta)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", _described(meta))
+
+
+def _problems(meta: Meta) -> list[str]:
+    """Lists that are not as long as the tokens', and numbers that no token has."""
+    count, stem = len(meta["tokenizer.ggml.tokens"]), "tokenizer.ggml."
+    lists = {name: meta[stem + name] for name in ("token_type", "scores") if stem + name in meta}
+    numbers = {n: v for n, v in meta.items() if n.startswith(stem) and n.endswith("_token_id")}
+    return [
+        f"{stem}{name} has {len(values)} entries for {count} tokens"
+        for name, values in lists.items()
+        if len(values) != count
+    ] + [
+        f"{name} is {number}, and there are {count} tokens"
+        for name, number in numbers.items()
+        if not 0 <= number < count
+    ]
 
 
 def _cutter(meta: Meta, source: Path) -> Any:

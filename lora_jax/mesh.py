@@ -29,11 +29,6 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return Mesh(np.asarray(devices[:total]).reshape(sizes), AXES)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows spread over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -8,13 +8,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.checkpoint import open_safetensors
+from lora_jax.checkpoint import open_safetensors, type_problems
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import new_folder, read_json, save_tensors, write_json
-from lora_jax.modules import IA3, Adapter, DoRA, Experts, LoRA, Module, Saved
+from lora_jax.modules import IA3, Adapter, DoRA, Experts, LoRA, Module, PerExample, Saved
 
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LoRA, DoRA, IA3, Experts, Saved)}
-CHOICES = {"on": ("output", "input"), "mixing": ("outputs", "factors")}
+CHOICES = {
+    "on": ("output", "input"),
+    "mixing": ("outputs", "factors"),
+    "score": ("absolute", "signed"),
+    "inputs": ("raw", "unit", "standard"),
+    "weighting": ("softmax", "uniform", "sigmoid"),
+}
+ADDED = ("score", "inputs", "weighting")  # settings that older records do not have
+ROUTES = ("prototypes", "spectrum", "shares")
 RECORD, WEIGHTS = "modules.json", "modules.safetensors"
 
 
@@ -24,6 +32,8 @@ def save_modules(folder: Path, adapter: Adapter, *, overwrite: bool = False) -> 
     A tensor is called by its module's path and its role, "blocks_0.mlp.up.a"; the record has each
     module's kind and plain settings. `load_modules` gives it back bit for bit.
     """
+    rows = [path for path, module in adapter.items() if isinstance(module, PerExample)]
+    refuse_all([f"{path}: a batch's slots; save their adapters" for path in rows], str(folder))
     record, tensors = {}, {}
     for path, module in adapter.items():
         arrays, settings = _parts(type(module))
@@ -43,6 +53,7 @@ def load_modules(folder: Path) -> dict[str, Module]:
     if not isinstance(record, dict):
         raise InputError(f"{folder / RECORD} has no modules; save_modules writes them")
     with open_safetensors(folder / WEIGHTS) as file:
+        refuse_all(type_problems(file, file.keys()), str(folder / WEIGHTS))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     refuse_all(_endless(tensors) + _problems(record, tensors), str(folder))
     return {path: _module(path, told, tensors) for path, told in record.items()}
@@ -61,6 +72,8 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> l
         needed = [f"{path}.{name}" for name, usual in arrays.items() if usual is MISSING]
         problems += [f"{name} is missing" for name in needed if name not in tensors]
         problems += _unknown(path, told, settings)
+        if kind is Experts and not any(f"{path}.{name}" in tensors for name in ROUTES):
+            problems.append(f"{path} has none of {', '.join(ROUTES)} to route by")
     return problems + [f"{name} is not expected" for name in tensors if name not in wanted]
 
 
@@ -79,7 +92,8 @@ def _endless(tensors: Mapping[str, np.ndarray]) -> list[str]:
 
 def _unknown(path: str, told: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the settings that a record has of a module."""
-    problems = [f"{path}: {name} is missing" for name in settings if name not in told]
+    needed = [name for name in settings if name not in ADDED]
+    problems = [f"{path}: {name} is missing" for name in needed if name not in told]
     problems += [f"{path}: {n} is not expected" for n in told if n not in {"kind", *settings}]
     for name in settings.keys() & told.keys():
         value, kind = told[name], type(settings[name])
@@ -94,4 +108,5 @@ def _module(path: str, told: Mapping[str, Any], tensors: Mapping[str, np.ndarray
     arrays, settings = _parts(kind)
     names = {name: f"{path}.{name}" for name in arrays}
     held = {name: jnp.asarray(tensors[key]) for name, key in names.items() if key in tensors}
-    return kind(**held, **{name: type(usual)(told[name]) for name, usual in settings.items()})
+    plain = {name: type(usual)(told.get(name, usual)) for name, usual in settings.items()}
+    return kind(**held, **plain)

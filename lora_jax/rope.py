@@ -6,7 +6,7 @@ names and keys are Hugging Face's.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import refuse_all
+from lora_jax.fields import is_number, shown
 
 Array = jax.Array
 
@@ -65,13 +66,8 @@ _KINDS = {
         "attention": "attention_factor",
     },
 }
-_OPTIONAL = {
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_slow",
-    "beta_fast",
-    "truncate",
-}
+_REQUIRED = {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
+_MSCALES = ("mscale", "mscale_all_dim")
 
 
 def _given(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,14 +79,37 @@ def _given(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return around | inner | first | {"kind": inner.get("rope_type", inner.get("type", "default"))}
 
 
-def problems(raw: Mapping[str, Any]) -> list[str]:
-    """What a Hugging Face config asks of rotary positions that is not known, or incomplete."""
+def problems(raw: Mapping[str, Any], known: Iterable[str] = tuple(_KINDS)) -> list[str]:
+    """What a Hugging Face config asks of rotary positions that is not known, or incomplete.
+
+    `known` says which kinds of scaling the family has.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, Mapping):
+            return [f"{key} is {shown(raw[key])}, not an object"]
     given = _given(raw)
-    if given["kind"] not in _KINDS:
-        return [f"rope scaling {given['kind']!r} is not supported ({', '.join(_KINDS)} are)"]
-    keys = set(_KINDS[given["kind"]].values()) - _OPTIONAL
-    lost = sorted(key for key in keys if given.get(key) is None)
-    return [f"rope scaling {given['kind']!r} lacks {', '.join(lost)}"] if lost else []
+    kind = given["kind"]
+    if kind not in tuple(known):
+        return [f"rope scaling {shown(kind)} is not supported ({', '.join(known)} are)"]
+    keys = {*_KINDS[kind].values(), "rope_theta", "partial_rotary_factor", *_MSCALES}
+    lost = sorted(key for key in _REQUIRED & keys if given.get(key) is None)
+    found = [f"rope scaling {kind!r} lacks {', '.join(lost)}"] if lost else []
+    return found + [
+        f"{key} is {shown(given[key])}, which says nothing of how heads turn"
+        for key in sorted(keys)
+        if given.get(key) is not None and not _is_known(key, given[key])
+    ]
+
+
+def _is_known(key: str, value: Any) -> bool:
+    """Whether a rotary key can have this value."""
+    if key == "truncate":
+        return isinstance(value, bool)
+    if key in ("short_factor", "long_factor"):
+        return isinstance(value, list) and all(is_number(one) and one > 0 for one in value)
+    most = 1 if key == "partial_rotary_factor" else math.inf
+    least = 0 if key in _MSCALES else math.ulp(0)
+    return is_number(value) and least <= value <= most
 
 
 def from_huggingface(raw: Mapping[str, Any], head_width: int) -> Rope:

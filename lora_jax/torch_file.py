@@ -2,12 +2,14 @@
 
 Such a file is a program for Python's pickle machine. Here the program is only walked through, by a
 machine that knows a dozen instructions and four callables, none of which does more than describe a
-tensor; any other callable is refused by its name before it could matter.
+tensor; any other callable is refused by its name before it could matter. What a program has put
+together is neither hashed nor printed: of a few bytes it can make tuples that take for ever.
 """
 
 import math
 import pickletools
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ import numpy as np
 from lora_jax.errors import InputError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the files that PyTorch wrote before 1.6
+SHARED = 4  # times its numbers that tensors may take of one storage: tied weights share theirs
+AXES = 32  # of a tensor
 DTYPES = {
     "torch FloatStorage": np.dtype(np.float32),
     "torch DoubleStorage": np.dtype(np.float64),
@@ -32,7 +36,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             found, storages = (_zipped if zipfile.is_zipfile(path) else _legacy)(file)
-        return {str(name): _array(tensor, storages) for name, tensor in found.items()}
+        views = {name: _view(tensor, storages) for name, tensor in found.items()}
+        _refuse_copies(found, views, storages)
+        return {name: view.copy() for name, view in views.items()}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; the folder is incomplete") from None
     except _Refused as error:
@@ -51,7 +57,6 @@ class _Storage:
 
     dtype: np.dtype
     key: str
-    size: int  # in numbers
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ def _legacy(file: BinaryIO) -> tuple[dict, dict[str, bytes]]:
     found, storages = _tensors(_run(file)), {}
     sizes = {tensor.storage.key: tensor.storage for tensor in found.values()}
     for key in _run(file):
+        if not isinstance(key, str):
+            raise _Refused("a storage's name is no text")
         count = int.from_bytes(file.read(8), "little")
         storages[key] = file.read(count * sizes[key].dtype.itemsize)
     return found, storages
@@ -107,27 +114,37 @@ def _tensors(found: Any) -> dict[str, _Tensor]:
     return found
 
 
-def _array(tensor: _Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
-    """A tensor's numbers, once its view is known to lie within its storage."""
+def _view(tensor: _Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
+    """A tensor's numbers where its storage has them, once they are known to lie within it."""
     flat = np.frombuffer(storages[tensor.storage.key], tensor.storage.dtype)
     shape, strides = tensor.shape, tensor.strides
-    whole = [*shape, *strides, tensor.offset]
-    if not all(type(n) is int and n >= 0 for n in whole) or len(shape) != len(strides):
-        raise _Refused(f"a tensor has shape {shape} and strides {strides}")
     last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if 0 not in shape and (math.prod(shape) > flat.size or last >= flat.size):
         raise _Refused(f"a tensor of shape {shape} reaches beyond its {flat.size} numbers")
     size = flat.dtype.itemsize
-    view = np.lib.stride_tricks.as_strided(
+    return np.lib.stride_tricks.as_strided(
         flat[tensor.offset :], shape, [step * size for step in strides]
     )
-    return view.copy()
+
+
+def _refuse_copies(
+    found: Mapping[str, _Tensor], views: Mapping[str, np.ndarray], storages: Mapping[str, bytes]
+) -> None:
+    """Refuses tensors that share a storage so often that a small file would fill the memory."""
+    held: Counter[str] = Counter()
+    for name, tensor in found.items():
+        held[tensor.storage.key] += views[name].nbytes
+    if any(count > SHARED * len(storages[key]) for key, count in held.items()):
+        raise _Refused(f"its tensors hold over {SHARED} times the numbers of their storage")
 
 
 def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
     """What `torch._utils._rebuild_tensor_v2` stands for."""
     if not isinstance(storage, _Storage):
         raise _Refused("a tensor is made of something other than a storage")
+    whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
+    if not whole or len(shape) != len(strides) or len(shape) > AXES:
+        raise _Refused("a tensor's shape and strides are not whole numbers, one each an axis")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -172,16 +189,17 @@ def _call(stack: list) -> None:
     """Replaces a callable and its arguments by what it makes of them."""
     arguments, function = stack.pop(), stack.pop()
     if not isinstance(function, _Name) or function.name not in CALLS:
-        raise _Refused(f"its program calls {function}")
+        raise _Refused("its program calls what is no part of a tensor")
     stack.append(CALLS[function.name](*arguments))
 
 
 def _storage(stack: list) -> None:
     """Replaces a reference ("storage", type, key, device, size, ...) by the storage."""
-    word, kind, key, _, size, *view = stack.pop()
-    if word != "storage" or not isinstance(kind, _Name) or kind.name not in DTYPES or any(view):
-        raise _Refused(f"its program refers to {word} {kind}")
-    stack.append(_Storage(DTYPES[kind.name], str(key), int(size)))
+    word, kind, key, _, _, *view = stack.pop()
+    known = isinstance(kind, _Name) and kind.name in DTYPES and isinstance(key, str)
+    if word != "storage" or not known or any(view):
+        raise _Refused("its program refers to what is no storage of numbers")
+    stack.append(_Storage(DTYPES[kind.name], key))
 
 
 def _since_mark(stack: list) -> list:
@@ -204,6 +222,8 @@ def _extend(stack: list, taken: list) -> None:
 
 def _put_in(stack: list, flat: list) -> None:
     """Puts keys and values, in turns, into the dict that is on the stack."""
+    if not all(isinstance(key, str) for key in flat[::2]):
+        raise _Refused("a dict's key is no text")
     stack[-1].update(zip(flat[::2], flat[1::2], strict=True))
 
 

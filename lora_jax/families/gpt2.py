@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.activations import ACTIVATIONS, activation_problems
+from lora_jax.activations import ACTIVATIONS
 from lora_jax.decoder import Layer, Places, learned_positions
-from lora_jax.errors import refuse_all
+from lora_jax.fields import Fields
 from lora_jax.parts import layer_norm
 from lora_jax.table import Leaf, biased
 
@@ -60,31 +60,24 @@ class Config:
 
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    activation = raw.get("activation_function", "gelu_new")
-    problems += activation_problems("activation_function", activation)
-    if raw.get("add_cross_attention"):
-        problems.append("add_cross_attention is not supported")
-    width, heads = raw.get("n_embd", 0), raw.get("n_head", 1)
-    if width % heads:
-        problems.append(f"n_embd {width} does not divide into n_head {heads} heads")
-    refuse_all(problems, where)
-    return Config(
-        vocabulary=raw["vocab_size"],
+    fields = Fields(raw, where)
+    fields.one_of("add_cross_attention", [False, None])
+    width, heads = fields.heads("n_embd", "n_head")
+    config = Config(
+        vocabulary=fields.whole("vocab_size"),
         width=width,
-        hidden=raw.get("n_inner") or 4 * width,
-        layers=raw["n_layer"],
+        hidden=fields.optional("n_inner") or 4 * width,
+        layers=fields.whole("n_layer"),
         heads=heads,
-        context=raw["n_positions"],
-        activation=activation,
-        eps=raw.get("layer_norm_epsilon", 1e-5),
-        tied=raw.get("tie_word_embeddings", True),
-        scaled=raw.get("scale_attn_weights", True),
-        scaled_by_layer=raw.get("scale_attn_by_inverse_layer_idx", False),
+        context=fields.whole("n_positions"),
+        activation=fields.one_of("activation_function", ACTIVATIONS, "gelu_new"),
+        eps=fields.number("layer_norm_epsilon", 1e-5),
+        tied=fields.flag("tie_word_embeddings", True),
+        scaled=fields.flag("scale_attn_weights", True),
+        scaled_by_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
     )
-
-
-_NEEDED = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+    fields.refuse()
+    return config
 
 
 def config_to_huggingface(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax import rope
 from lora_jax.decoder import Layer, Places
-from lora_jax.errors import refuse_all
+from lora_jax.fields import FULL, SLIDING, Fields
 from lora_jax.parts import rms_norm, rotate
 from lora_jax.table import Leaf
 
@@ -55,13 +55,6 @@ class Config:
     unwindowed: tuple[int, ...] = ()  # but in these layers
 
 
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 # What transformers takes where a config is silent.
@@ -87,61 +80,40 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
     kind = raw["model_type"]
-    raw = {**_DEFAULTS[kind], **raw}
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
-    refuse_all(problems + rope.problems(raw) + _unknown_layers(raw), where)
-    heads = raw["num_attention_heads"]
-    head_width = raw.get("head_dim") or raw["hidden_size"] // heads
-    bias = raw.get("attention_bias", False) and kind in ("llama", "qwen3")
-    window, unwindowed = _window(raw)
+    fields = Fields({**_DEFAULTS[kind], **raw}, where)
+    read = fields.sizes()
+    fields.one_of("hidden_act", ["silu"])
+    bias = fields.flag("attention_bias", False) and kind in ("llama", "qwen3")
+    read |= {
+        "eps": fields.number("rms_norm_eps", 1e-6),
+        "tied": fields.flag("tie_word_embeddings", False),
+        "mlp_bias": fields.flag("mlp_bias", False) and kind == "llama",
+    }
+    window, unwindowed = _window(fields, kind, read["layers"])
+    fields.refuse(rope.problems(fields.raw))
     return Config(
         kind=kind,
-        vocabulary=raw["vocab_size"],
-        width=raw["hidden_size"],
-        hidden=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_width=head_width,
-        context=raw["max_position_embeddings"],
-        rope=rope.from_huggingface(raw, head_width),
-        eps=raw.get("rms_norm_eps", 1e-6),
-        tied=raw.get("tie_word_embeddings", False),
+        rope=rope.from_huggingface(fields.raw, read["head_width"]),
         qkv_bias=bias or kind == "qwen2",
         output_bias=bias,
-        mlp_bias=raw.get("mlp_bias", False) and kind == "llama",
         qk_norm=kind == "qwen3",
         window=window,
         unwindowed=unwindowed,
+        **read,
     )
 
 
-_FULL, _WINDOWED = "full_attention", "sliding_attention"
-
-
-def _unknown_layers(raw: Mapping[str, Any]) -> list[str]:
-    """What a config's layer_types ask that is not known."""
-    types, count = raw.get("layer_types") or [], raw.get("num_hidden_layers")
-    unknown = sorted(set(types) - {_FULL, _WINDOWED})
-    problems = [f"a layer of type {kind!r} is not supported" for kind in unknown]
-    if len(types) not in (0, count):
-        problems.append(f"layer_types has {len(types)} layers, not {count}")
-    return problems
-
-
-def _window(raw: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+def _window(fields: Fields, kind: str, count: int) -> tuple[int | None, tuple[int, ...]]:
     """The attention window, and the layers that attend without it."""
-    kind, count = raw["model_type"], raw["num_hidden_layers"]
+    types, window = fields.layer_types(count), fields.optional("sliding_window")
     if kind == "mistral":
-        return raw["sliding_window"], ()
-    if kind == "llama" or not raw["use_sliding_window"] or raw["sliding_window"] is None:
+        return window, ()
+    if kind == "llama" or not fields.flag("use_sliding_window", False) or window is None:
         return None, ()
-    from_layer = [_FULL if n < raw["max_window_layers"] else _WINDOWED for n in range(count)]
-    types = raw.get("layer_types") or from_layer
-    unwindowed = tuple(n for n in range(count) if types[n] == _FULL)
-    return (raw["sliding_window"], unwindowed) if len(unwindowed) < count else (None, ())
+    first = fields.whole("max_window_layers", least=0)
+    types = types or [FULL if n < first else SLIDING for n in range(count)]
+    unwindowed = tuple(n for n, one in enumerate(types) if one == FULL)
+    return (window, unwindowed) if len(unwindowed) < count else (None, ())
 
 
 def config_to_huggingface(config: Config) -> dict[str, Any]:
@@ -172,7 +144,7 @@ def config_to_huggingface(config: Config) -> dict[str, Any]:
         raw |= {
             "use_sliding_window": config.window is not None,
             "max_window_layers": sum(free),
-            "layer_types": [_FULL if one else _WINDOWED for one in free],
+            "layer_types": [FULL if one else SLIDING for one in free],
         }
     return raw
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from lora_jax import rope
-from lora_jax.activations import ACTIVATIONS, activation_problems
+from lora_jax.activations import ACTIVATIONS
 from lora_jax.decoder import Layer, Places
-from lora_jax.errors import refuse_all
+from lora_jax.fields import Fields
 from lora_jax.parts import layer_norm, rotate
 from lora_jax.table import Leaf, biased
 
@@ -57,36 +57,18 @@ class Config:
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
     raw = {"partial_rotary_factor": 0.5, "max_position_embeddings": 2048, **raw}
-    activation = raw.get("hidden_act", "gelu_new")
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    problems += activation_problems("hidden_act", activation) + rope.problems(raw)
-    width, heads = raw.get("hidden_size", 0), raw.get("num_attention_heads", 1)
-    if width % heads or (raw.get("head_dim") or width // heads) != width // heads:
-        problems.append(f"hidden_size {width} does not divide into {heads} heads")
-    refuse_all(problems, where)
-    return Config(
-        vocabulary=raw["vocab_size"],
-        width=width,
-        hidden=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        context=raw["max_position_embeddings"],
-        rope=rope.from_huggingface(raw, width // heads),
-        activation=activation,
-        eps=raw.get("layer_norm_eps", 1e-5),
-        tied=raw.get("tie_word_embeddings", False),
-        qk_norm=raw.get("qk_layernorm", False),
-    )
-
-
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+    fields = Fields(raw, where)
+    width, heads = fields.heads("hidden_size", "num_attention_heads")
+    read = fields.sizes() | {
+        "activation": fields.one_of("hidden_act", ACTIVATIONS, "gelu_new"),
+        "eps": fields.number("layer_norm_eps", 1e-5),
+        "tied": fields.flag("tie_word_embeddings", False),
+        "qk_norm": fields.flag("qk_layernorm", False),
+    }
+    own = read.pop("head_width")
+    fields.expect(own == width // max(heads, 1), f"head_dim {own} is not hidden_size over heads")
+    fields.refuse(rope.problems(raw))
+    return Config(rope=rope.from_huggingface(raw, own), **read)
 
 
 def config_to_huggingface(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax import rope
 from lora_jax.decoder import Layer, Places
-from lora_jax.errors import refuse_all
+from lora_jax.fields import Fields
 from lora_jax.parts import rms_norm, rotate
 from lora_jax.table import Leaf
 
@@ -47,45 +47,27 @@ class Config:
     window: int | None = None  # attention reaches this many positions back
 
 
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
 _DEFAULTS = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
 
 
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
-    raw = _renamed({**_DEFAULTS, **raw})
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
-    refuse_all(problems + rope.problems(raw), where)
-    heads = raw["num_attention_heads"]
-    head_width = raw.get("head_dim") or raw["hidden_size"] // heads
-    return Config(
-        vocabulary=raw["vocab_size"],
-        width=raw["hidden_size"],
-        hidden=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_width=head_width,
-        context=raw["max_position_embeddings"],
-        rope=rope.from_huggingface(raw, head_width),
-        eps=raw.get("rms_norm_eps", 1e-5),
-        tied=raw.get("tie_word_embeddings", False),
-        window=raw.get("sliding_window"),
-    )
+    fields = Fields(_renamed({**_DEFAULTS, **raw}), where)
+    read = fields.sizes() | {
+        "eps": fields.number("rms_norm_eps", 1e-5),
+        "tied": fields.flag("tie_word_embeddings", False),
+        "window": fields.optional("sliding_window"),
+    }
+    fields.one_of("hidden_act", ["silu"])
+    fields.refuse(rope.problems(fields.raw))
+    return Config(rope=rope.from_huggingface(fields.raw, read["head_width"]), **read)
 
 
 def _renamed(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with longrope by that name, where an early Phi-3 calls it "su" or "yarn"."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if given.get("rope_type", given.get("type")) not in ("su", "yarn"):
+    known = isinstance(given, Mapping)
+    if not known or given.get("rope_type", given.get("type")) not in ("su", "yarn"):
         return raw
     return {**raw, "rope_scaling": {**given, "rope_type": "longrope"}}
 

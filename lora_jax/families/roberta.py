@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.activations import ACTIVATIONS, activation_problems
+from lora_jax.activations import ACTIVATIONS
 from lora_jax.decoder import Layer, Places, learned_positions
-from lora_jax.errors import InputError, refuse_all
+from lora_jax.errors import InputError
+from lora_jax.fields import Fields
 from lora_jax.parts import layer_norm
 from lora_jax.table import Leaf, biased
 
@@ -69,41 +70,42 @@ class Config:
 
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    problems += [
-        f"{key} {raw[key]!r} is not supported ({plain[0]} is)"
-        for key, plain in _PLAIN.items()
-        if raw.get(key, plain[0]) not in plain
-    ]
-    activation, padding = raw.get("hidden_act", "gelu"), raw.get("pad_token_id", 1)
-    problems += activation_problems("hidden_act", activation)
-    width, heads = raw.get("hidden_size", 0), raw.get("num_attention_heads", 1)
-    if width % heads:
-        problems.append(f"hidden_size {width} does not divide into {heads} attention heads")
-    refuse_all(problems, where)
-    return Config(
-        vocabulary=raw["vocab_size"],
+    fields = Fields(raw, where)
+    for key, known in _PLAIN.items():
+        fields.one_of(key, known)
+    width, heads = fields.heads("hidden_size", "num_attention_heads")
+    padding = fields.whole("pad_token_id", 1, least=0)
+    places = fields.whole("max_position_embeddings")
+    context = places - padding - 1
+    fields.expect(context > 0, f"max_position_embeddings {places} has no place for a token")
+    config = Config(
+        vocabulary=fields.whole("vocab_size"),
         width=width,
-        hidden=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"],
+        hidden=fields.whole("intermediate_size"),
+        layers=fields.whole("num_hidden_layers"),
         heads=heads,
-        context=raw["max_position_embeddings"] - padding - 1,
-        labels=_labels(raw),
-        token_types=raw.get("type_vocab_size", 2),
+        context=context,
+        labels=_labels(fields),
+        token_types=fields.whole("type_vocab_size", 2),
         padding=padding,
-        activation=activation,
-        eps=raw.get("layer_norm_eps", 1e-12),
-        spread=raw.get("initializer_range", 0.02),
+        activation=fields.one_of("hidden_act", ACTIVATIONS, "gelu"),
+        eps=fields.number("layer_norm_eps", 1e-12),
+        spread=fields.number("initializer_range", 0.02),
     )
+    fields.refuse()
+    return config
 
 
-def _labels(raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _labels(fields: Fields) -> tuple[str, ...]:
     """The labels' names; where the config has none, LABEL_0 and on, two of them unless it says."""
-    named = raw.get("id2label") or {}
-    count = raw.get("num_labels", len(named) or 2)
-    if len(named) != count:
-        return generic_labels(count)
-    return tuple(named[key] for key in sorted(named, key=int))
+    named = fields.table("id2label")
+    numbers = [str(n) for n in range(len(named))]
+    fits = named.keys() == set(numbers) and all(isinstance(x, str) for x in named.values())
+    fields.expect(fits, f"id2label is not texts by the numbers from 0 to {len(named) - 1}")
+    count = fields.whole("num_labels", len(named) or 2)
+    return (
+        tuple(named[n] for n in numbers) if fits and len(named) == count else generic_labels(count)
+    )
 
 
 def generic_labels(count: int) -> tuple[str, ...]:
@@ -122,14 +124,6 @@ def with_labels(config: Config, labels: tuple[str, ...]) -> Config:
     return replace(config, labels=labels)
 
 
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.activations import ACTIVATIONS, activation_problems
+from lora_jax.activations import ACTIVATIONS
 from lora_jax.decoder import Layer, Places
-from lora_jax.errors import refuse_all
+from lora_jax.fields import Fields
 from lora_jax.parts import rms_norm
 from lora_jax.table import Leaf
 
@@ -68,7 +68,8 @@ class Config:
     buckets: int = 32  # of relative positions
     far: int = 128  # tokens apart from which all share a bucket
     eps: float = 1e-6
-    decoder_start: int = 0  # the token that a decoder's text begins with; it pads texts too
+    decoder_start: int = 0  # the token that a decoder's text begins with
+    padding: int = 0  # the token that pads texts
 
     @property
     def kv_heads(self) -> int:
@@ -83,33 +84,46 @@ class Config:
 
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config that a Hugging Face `config.json` describes; what it asks in vain is named."""
-    problems = [f"{key} is missing" for key in _NEEDED if key not in raw]
-    kind = raw.get("feed_forward_proj", "relu")
-    gated, activation = kind.startswith("gated-"), kind.removeprefix("gated-")
-    problems += activation_problems("feed_forward_proj", activation)
-    refuse_all(problems, where)
-    tied = raw.get("tie_word_embeddings", True)
-    scaled = raw.get("scale_decoder_outputs", tied)
-    return Config(
-        vocabulary=raw["vocab_size"],
-        width=raw["d_model"],
-        hidden=raw["d_ff"],
-        encoder_layers=raw["num_layers"],
-        layers=raw.get("num_decoder_layers") or raw["num_layers"],
-        heads=raw["num_heads"],
-        head_width=raw["d_kv"],
+    fields = Fields(raw, where)
+    kind = fields.one_of("feed_forward_proj", [*ACTIVATIONS, *_GATED], "relu")
+    tied, layers = fields.flag("tie_word_embeddings", True), fields.whole("num_layers")
+    scaled = fields.flag("scale_decoder_outputs", tied)
+    padding = fields.optional("pad_token_id", least=0) or 0
+    start = fields.optional("decoder_start_token_id", least=0)
+    buckets, far = _reach(fields)
+    config = Config(
+        vocabulary=fields.whole("vocab_size"),
+        width=fields.whole("d_model"),
+        hidden=fields.whole("d_ff"),
+        encoder_layers=layers,
+        layers=fields.optional("num_decoder_layers") or layers,
+        heads=fields.whole("num_heads"),
+        head_width=fields.whole("d_kv"),
         tied=tied and scaled,  # transformers 5 calls v1.1 tied as well, and stores both
         scaled=scaled,
-        activation="gelu_new" if kind == "gated-gelu" else activation,
-        gated=gated,
-        buckets=raw.get("relative_attention_num_buckets", 32),
-        far=raw.get("relative_attention_max_distance", 128),
-        eps=raw.get("layer_norm_epsilon", 1e-6),
-        decoder_start=raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
+        activation=_GATED.get(kind, kind),
+        gated=kind in _GATED,
+        buckets=buckets,
+        far=far,
+        eps=fields.number("layer_norm_epsilon", 1e-6),
+        decoder_start=padding if start is None else start,
+        padding=padding,
     )
+    fields.refuse()
+    return config
 
 
-_NEEDED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+def _reach(fields: Fields) -> tuple[int, int]:
+    """The buckets of relative positions, and from where on all share the last."""
+    buckets = fields.whole("relative_attention_num_buckets", 32, least=4)
+    far = fields.whole("relative_attention_max_distance", 128)
+    told = f"relative_attention_max_distance {far} reaches no further than half of the {buckets}"
+    fields.expect(far > buckets // 2, f"{told} buckets")
+    return buckets, far
+
+
+# Gated feed-forwards and their activations. T5 v1.1's "gelu" is the one by tanh.
+_GATED = {f"gated-{name}": name for name in ACTIVATIONS} | {"gated-gelu": "gelu_new"}
 
 
 def config_to_huggingface(config: Config) -> dict[str, Any]:
@@ -133,7 +147,7 @@ def config_to_huggingface(config: Config) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "scale_decoder_outputs": config.scaled,
         "decoder_start_token_id": config.decoder_start,
-        "pad_token_id": config.decoder_start,
+        "pad_token_id": config.padding,
     }
 
 

@@ -7,6 +7,6 @@ what its config says, `build` and `fused` the way to our modules, `parts` and `w
 
 from lora_jax.peft.read import WEIGHTS, load_adapter
 from lora_jax.peft.settings import CONFIG
-from lora_jax.peft.write import save_adapter, write_adapter
+from lora_jax.peft.write import kind_of, save_adapter, write_adapter
 
-__all__ = ["CONFIG", "WEIGHTS", "load_adapter", "save_adapter", "write_adapter"]
+__all__ = ["CONFIG", "WEIGHTS", "kind_of", "load_adapter", "save_adapter", "write_adapter"]

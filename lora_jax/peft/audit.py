@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from lora_jax import models
 from lora_jax.peft.names import BIAS, MAGNITUDE, Slot, Weight
 from lora_jax.peft.patterns import matching
 from lora_jax.peft.settings import Settings
@@ -74,6 +75,8 @@ def _hint(path: str) -> str:
 
 def ia3_problems(slot: Slot, module: str, scales: np.ndarray, on_input: bool | None) -> list[str]:
     """Scales that are not of the base's size, or not on the side that the config says."""
+    if slot.embedding:
+        return [f"{module} is an embedding, which PEFT's IA3 does not rescale"]
     if on_input is None:
         on_input = scales.shape[:1] == (1,)
     wanted = (1, slot.size[0]) if on_input else (slot.size[1], 1)
@@ -88,7 +91,7 @@ def sides(settings: Settings, modules: Iterable[str]) -> dict[str, bool | None]:
     if not settings.inputs:
         return dict.fromkeys(modules)
     if isinstance(settings.inputs, str):
-        found = matching(settings.inputs, modules)
+        found = matching(settings.inputs, modules, settings.patience)
         return {name: name in found for name in modules}
     return {name: name.endswith(settings.inputs) for name in modules}
 
@@ -123,6 +126,17 @@ def _misfits(weights: Mapping[str, Weight], name: str, stored: Tensors) -> list[
         return [f"{name} has shape {shape}, the base {wanted}{_hint(weight.path)}"]
     lost = [other for other in weight.leaf.names() if other not in stored]
     return [f"{name} is stored, but {lost[0]} is not: all layers or none"] if lost else []
+
+
+def embedding_problems(config: models.Config, paths: Iterable[str]) -> list[str]:
+    """An embedding's module where it would change something here and nothing in PEFT."""
+    if models.kind(config) != "encoder-decoder" or "embed" not in paths:
+        return []
+    (name,) = models.table(config)["embed"].names()
+    return [
+        f"{name.removesuffix('.weight')}: an encoder-decoder's embedding changes nothing in PEFT, "
+        f"where either stack holds an embed_tokens of its own; leave it out of the adapter"
+    ]
 
 
 def copy_problems(weights: Mapping[str, Weight], copies: Tensors) -> list[str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax import models
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, DoRA, LoRA, Module
+from lora_jax.modules import IA3, DoRA, LoRA, Module, fold_scale
 from lora_jax.peft.names import Slot
 
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -113,7 +113,7 @@ def _sum(modules: list[Module]) -> Module:
         return IA3(_total([module.offset for module in scales]))
     ranked = [module for module in modules if isinstance(module, LoRA | DoRA)]
     if len({module.scale for module in ranked}) > 1:
-        ranked = [_folded(module) for module in ranked]
+        ranked = [fold_scale(module) for module in ranked]
     a = jnp.concatenate([module.a for module in ranked], axis=-1)
     b = jnp.concatenate([module.b for module in ranked], axis=-2)
     if magnitudes := [module.magnitude for module in ranked if isinstance(module, DoRA)]:
@@ -142,10 +142,3 @@ def _columns(module: Module, change) -> Module:
         case IA3(offset, "output"):
             return IA3(change(offset))
     return module
-
-
-def _folded(module: LoRA | DoRA) -> LoRA | DoRA:
-    """The same module with its scale in b (and bias)."""
-    if isinstance(module, LoRA) and module.bias is not None:
-        module = replace(module, bias=module.scale * module.bias)
-    return replace(module, b=module.scale * module.b, scale=1.0)

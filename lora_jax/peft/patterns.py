@@ -5,35 +5,50 @@ import re
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import regex
 
 from lora_jax.errors import InputError
 
-SECONDS = 1.0  # that one pattern may take over all names
+SECONDS = 5.0  # that the patterns of one file may take together, over all names
 LENGTH = 5000  # of a pattern, in characters
 REPEATS = 10_000  # product of its counts {n}: the matcher writes counted repetitions out
 
 
-def matching(pattern: str, names: Iterable[str]) -> dict[str, regex.Match]:
+@dataclass
+class Patience:
+    """The seconds that are left for one file's patterns."""
+
+    left: float = field(default_factory=lambda: SECONDS)
+
+
+def matching(
+    pattern: str, names: Iterable[str], patience: Patience | None = None
+) -> dict[str, regex.Match]:
     """The names that a pattern matches whole, as `re.fullmatch` would, with their matches."""
-    compiled, deadline, found = _compiled(pattern), time.monotonic() + SECONDS, {}
+    patience, found = patience or Patience(), {}
+    began = time.monotonic()
+    compiled = _compiled(pattern)
     for name in names:
         try:
-            left = max(deadline - time.monotonic(), 1e-3)
+            left = max(patience.left - (time.monotonic() - began), 1e-3)
             if match := compiled.fullmatch(name, timeout=left):
                 found[name] = match
         except TimeoutError:
             raise InputError(
-                f"pattern {pattern!r} takes over {SECONDS:g} s to match {name}; "
-                f"name the modules in a list instead"
+                f"pattern {pattern[:60]!r} takes too long to match {name} (a file's patterns have "
+                f"{SECONDS:g} s); name the modules in a list instead"
             ) from None
+    patience.left -= time.monotonic() - began
     return found
 
 
 def _compiled(pattern: str) -> regex.Pattern:
     """The pattern, compiled by a matcher that keeps to a time limit, if `re` knows it too."""
-    counts = [max(map(int, re.findall(r"\d+", c)), default=1) for c in _COUNT.findall(pattern)]
+    if "{" in _COUNT.sub("", pattern):  # the matcher would take {e<=1} for "with an error"
+        raise InputError(f"pattern {pattern[:60]!r} has a brace that begins no count such as {{2}}")
+    counts = [max(map(int, re.findall(r"\d+", c))) for c in _COUNT.findall(pattern)]
     if len(pattern) > LENGTH or math.prod(max(count, 1) for count in counts) > REPEATS:
         raise InputError(f"pattern {pattern[:60]!r} is too large; name the modules in a list")
     try:
@@ -45,4 +60,4 @@ def _compiled(pattern: str) -> regex.Pattern:
         raise InputError(f"pattern {pattern[:60]!r} is no regular expression ({error})") from None
 
 
-_COUNT = re.compile(r"\{(\d*,?\d*)\}", re.ASCII)
+_COUNT = re.compile(r"\{(?:\d+,?\d*|,\d+)\}", re.ASCII)

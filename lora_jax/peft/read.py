@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax import models, torch_file
-from lora_jax.checkpoint import open_safetensors
+from lora_jax.checkpoint import open_safetensors, type_problems
 from lora_jax.errors import refuse_all
 from lora_jax.modules import Module, Saved
 from lora_jax.peft import audit, build, fused, names, whole
@@ -31,7 +31,7 @@ def load_adapter(folder: Path, config: models.Config) -> dict[str, Module]:
     path, tensors = _read_tensors(folder)
     found = _sorted(tensors, settings, config)
     places = fused.arranged(names.slots(config), found.modules, config)
-    ranks = by_pattern(settings.ranks, settings.rank, found.modules)
+    ranks = by_pattern(settings.ranks, settings.rank, found.modules, settings.patience)
     refuse_all(_problems(settings, found, places.slots, ranks, config), str(path))
     scales = _scales(settings, found)
     adapter = build.modules(places.slots, found.modules, scales)
@@ -49,6 +49,7 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
         stored = torch_file.read_tensors(path)
     else:
         with open_safetensors(path) as file:
+            refuse_all(type_problems(file, file.keys()), str(path))
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors = {name: stored[name].astype(np.float32) for name in sorted(stored)}
     bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
@@ -113,6 +114,9 @@ def _problems(
         else:
             problems += audit.lora_problems(slots[module], module, tensors, ranks[module])
     problems += audit.saved_problems(settings, known, found.weights, found.modules)
+    held = {slots[module].path for module in found.modules if module in slots}
+    held |= {known[name].path for name in found.weights}
+    problems += audit.embedding_problems(config, held)
     return problems + audit.copy_problems(known, found.copies)
 
 
@@ -120,7 +124,7 @@ def _scales(settings: Settings, found: _Found) -> dict[str, float]:
     """Each LoRA's alpha / rank, or alpha / √rank under rslora."""
     if settings.kind == "IA3":
         return {}
-    alphas = by_pattern(settings.alphas, settings.alpha, found.modules)
+    alphas = by_pattern(settings.alphas, settings.alpha, found.modules, settings.patience)
     ranks = {module: len(tensors["lora_A"]) for module, tensors in found.modules.items()}
     over = math.sqrt if settings.rslora else float
     return {module: alphas[module] / over(rank) for module, rank in ranks.items()}

@@ -1,15 +1,17 @@
 """What an `adapter_config.json` asks for; what cannot be honoured is refused by its key."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import InputError, refuse_all
+from lora_jax.fields import is_number, shown
 from lora_jax.files import read_json
+from lora_jax.peft.patterns import Patience
 
 CONFIG = "adapter_config.json"
+MOST = 10_000  # names in a list, or patterns in a table
 
 # Keys that change what the tensors mean: any value but these is refused.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -65,6 +67,7 @@ class Settings:
     layer_names: tuple[str, ...]  # what comes before a layer's number; none: anything
     inputs: tuple[str, ...] | str | None  # modules whose input IA3 rescales
     tied: bool  # the embedding's module is the unembedding's too
+    patience: Patience = field(default_factory=Patience, compare=False)  # with the file's patterns
 
 
 def read_settings(folder: Path) -> Settings:
@@ -83,9 +86,9 @@ def read_settings(folder: Path) -> Settings:
         alpha=raw.get("lora_alpha", 0),
         ranks=raw.get("rank_pattern") or {},
         alphas=raw.get("alpha_pattern") or {},
-        rslora=bool(raw.get("use_rslora")),
-        dora=bool(raw.get("use_dora")),
-        lora_bias=bool(raw.get("lora_bias")),
+        rslora=raw.get("use_rslora") or False,
+        dora=raw.get("use_dora") or False,
+        lora_bias=raw.get("lora_bias") or False,
         biases=raw.get("bias") or "none",
         targets=_names(raw.get("target_modules")) or None,
         excluded=_names(raw.get("exclude_modules")),
@@ -93,7 +96,7 @@ def read_settings(folder: Path) -> Settings:
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         layer_names=_listed(raw.get("layers_pattern")),
         inputs=None if kind == "LORA" else _names(raw.get("feedforward_modules")),
-        tied=bool(raw.get("ensure_weight_tying")),
+        tied=raw.get("ensure_weight_tying") or False,
     )
 
 
@@ -118,6 +121,16 @@ def _malformed(raw: Mapping[str, Any]) -> list[str]:
         for key in listed
         if not isinstance(raw.get(key) or "", str) and not _is_list(raw[key], str)
     ]
+    problems += [
+        f"{key} = {shown(raw[key])} is neither true nor false"
+        for key in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
+        if not isinstance(raw.get(key), bool | None)
+    ]
+    problems += [
+        f"{key} has {len(value)} entries; at most {MOST} are read"
+        for key, value in raw.items()
+        if key in _KNOWN and isinstance(value, list | dict) and len(value) > MOST
+    ]
     if not _is_list(raw.get("modules_to_save") or [], str):
         problems.append(f"modules_to_save = {raw['modules_to_save']!r} is not a list of names")
     layers = raw.get("layers_to_transform")
@@ -136,12 +149,7 @@ def _bad_numbers(raw: Mapping[str, Any]) -> list[str]:
         return [f"{key} = {raw[key]!r} is not a table of numbers by pattern" for key in wrong]
     numbers = {key: raw.get(key) for key in ("r", "lora_alpha")}
     numbers |= {name: n for _, table in patterns for name, n in table.items()}
-    return [f"{name} is {n!r}, not a number" for name, n in numbers.items() if not _is_number(n)]
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number, which True is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return [f"{name} is {n!r}, not a number" for name, n in numbers.items() if not is_number(n)]
 
 
 def _is_list(value: Any, kind: type) -> bool:

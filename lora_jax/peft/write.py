@@ -1,4 +1,4 @@
-"""Adapters to PEFT's folders, which PEFT loads without a warning."""
+"""Adapters to PEFT's folders; docs/peft.md has what PEFT may say as it loads them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +8,9 @@ import numpy as np
 
 from lora_jax import models
 from lora_jax.errors import InputError, refuse_all
-from lora_jax.files import new_folder, save_tensors, write_json
+from lora_jax.files import new_folder, save_tensors, write_beside, write_json
 from lora_jax.modules import IA3, Adapter, DoRA, LoRA, Module, Saved
-from lora_jax.peft import names, whole
+from lora_jax.peft import audit, names, whole
 from lora_jax.peft.names import BIAS, MAGNITUDE
 from lora_jax.peft.parts import Part, parts, scaled
 from lora_jax.peft.read import WEIGHTS
@@ -30,12 +30,11 @@ def save_adapter(
 ) -> None:
     """Writes an adapter as a PEFT folder, whole or not at all.
 
-    `extra` maps names of JSON files to values that are written beside it.
+    `extra` maps names of files to texts, or values for JSON, that are written beside it.
     """
     with new_folder(folder, overwrite) as scratch:
         write_adapter(scratch, adapter, config, base_name=base_name)
-        for name, value in (extra or {}).items():
-            write_json(scratch / name, value)
+        write_beside(scratch, extra or {})
 
 
 def write_adapter(
@@ -49,13 +48,16 @@ def write_adapter(
     """
     saved = {path: m for path, m in adapter.items() if isinstance(m, Saved)}
     modules = {path: m for path, m in adapter.items() if path not in saved}
-    kind, found = _kind(modules), parts(modules, config)
+    kind, found = kind_of(adapter), parts(modules, config)
     settings, found = (_ia3_settings if kind is IA3 else _lora_settings)(found, config)
     kept = whole.as_stored(saved, config)
     asked = whole.settings(kept, found, config)
     tensors = {f"{n}.{role}": t for n, part in found.items() for role, t in part.tensors.items()}
     tensors |= {_in_adapter(name, found): value for name, value in kept.items()}
     problems = whole.problems(saved, kept, asked, config) + _problems(tensors, asked, kind)
+    problems += audit.embedding_problems(config, adapter)
+    if kind is IA3 and "embed" in modules:
+        problems.append("embed: PEFT's IA3 takes no embedding")
     refuse_all(problems, f"cannot save to {folder}")
     stored = {names.PREFIX + name: np.ascontiguousarray(t) for name, t in tensors.items()}
     save_tensors(folder / WEIGHTS, stored)
@@ -64,9 +66,9 @@ def write_adapter(
     write_json(folder / CONFIG, settings | {"inference_mode": True, "revision": None})
 
 
-def _kind(modules: Mapping[str, Module]) -> type[Module]:
+def kind_of(adapter: Adapter) -> type[Module]:
     """The one kind of module that an adapter is of: PEFT's format holds no mixture."""
-    kinds = {type(module) for module in modules.values()}
+    kinds = {type(module) for module in adapter.values()} - {Saved}
     if len(kinds) != 1 or not kinds <= {LoRA, DoRA, IA3}:
         held = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
         raise InputError(

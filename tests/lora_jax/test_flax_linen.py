@@ -9,7 +9,7 @@ import pytest
 from lora_jax import flax_linen
 from lora_jax.dora import with_magnitudes
 from lora_jax.errors import InputError
-from lora_jax.modules import Saved, init_ia3, init_lora
+from lora_jax.modules import Saved
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 8))
 
@@ -61,27 +61,12 @@ def variables():
     return jax.jit(Model().init)(jax.random.key(1), X)
 
 
-def random(adapter, seed=0):
-    """The adapter with noise on all its arrays."""
-    leaves, form = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    new = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(form, new)
-
-
-def loras(shapes=SHAPES, seed=0):
-    key = jax.random.key(seed)
-    return random(init_lora(key, shapes, targets=["all-linear"], rank=2, alpha=3), seed)
-
-
-def doras(variables):
-    kernels = flax_linen.kernels(Model(), variables, X)
-    return {p: m.replace(b=m.b + 0.1) for p, m in with_magnitudes(loras(), kernels).items()}
-
-
-def ia3s():
-    sides = dict(zip(SHAPES, ["input", "output"] * 5, strict=False))
-    return random(init_ia3(SHAPES, sides))
+@pytest.fixture(scope="module")
+def adapters(variables, loras, ia3s):
+    """A random module of each kind on every layer that can have one."""
+    lora = loras(SHAPES)
+    dora = with_magnitudes(lora, flax_linen.kernels(Model(), variables, X))
+    return {"lora": lora, "dora": dora, "ia3": ia3s(SHAPES)}
 
 
 def test_shapes_are_those_of_every_plain_layer_and_need_no_numbers(variables):
@@ -94,8 +79,7 @@ def test_shapes_are_those_of_every_plain_layer_and_need_no_numbers(variables):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
-def test_modules_do_what_merged_kernels_do_and_the_users_stay(variables, kind):
-    adapter = {"lora": loras, "ia3": ia3s, "dora": lambda: doras(variables)}[kind]()
+def test_modules_do_what_merged_kernels_do_and_the_users_stay(variables, adapters, kind):
     before = jax.tree.map(np.asarray, variables)
 
     @jax.jit
@@ -104,7 +88,7 @@ def test_modules_do_what_merged_kernels_do_and_the_users_stay(variables, kind):
         plain = [Model().apply(each, X) for each in (merged, variables)]
         return flax_linen.apply(Model(), variables, adapter, X), *plain
 
-    got, want, base = outputs(variables, adapter)
+    got, want, base = outputs(variables, adapters[kind])
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert abs(got - base).max() > 0.01
     jax.tree.map(np.testing.assert_array_equal, before, variables)
@@ -114,7 +98,7 @@ def test_no_module_is_the_model_itself(variables):
     assert (flax_linen.apply(Model(), variables, {}, X) == Model().apply(variables, X)).all()
 
 
-def test_a_gradient_to_the_adapter_is_the_one_through_merged_kernels(variables):
+def test_a_gradient_to_the_adapter_is_the_one_through_merged_kernels(variables, adapters):
     def direct(adapter):
         return jnp.sum(flax_linen.apply(Model(), variables, adapter, X) ** 2)
 
@@ -122,28 +106,28 @@ def test_a_gradient_to_the_adapter_is_the_one_through_merged_kernels(variables):
         return jnp.sum(Model().apply(flax_linen.merge(Model(), variables, adapter, X), X) ** 2)
 
     got, want = jax.jit(lambda adapter: (jax.grad(direct)(adapter), jax.grad(merged)(adapter)))(
-        loras()
+        adapters["lora"]
     )
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-3), got, want)
 
 
-def test_each_of_the_adapters_counts_its_own_layers(variables):
+def test_each_of_the_adapters_counts_its_own_layers(variables, adapters):
     """Of a stacked module the second layer's part changes the second layer alone."""
-    module = loras()["stack.inner"]
+    module = adapters["lora"]["stack.inner"]
     only = module.replace(b=module.b * jnp.array([0, 1, 0])[:, None, None])
     kernel = flax_linen.merge(Model(), variables, {"stack.inner": only}, X)["params"]["stack"]
     moved = kernel["inner"]["kernel"] - variables["params"]["stack"]["inner"]["kernel"]
     assert [bool(abs(layer).max() > 0) for layer in moved] == [False, True, False]
 
 
-def test_what_a_call_gives_back_of_params_holds_no_module_to_be_used_again():
+def test_what_a_call_gives_back_of_params_holds_no_module_to_be_used_again(loras):
     model = nn.Dense(4)
     params = model.init(jax.random.key(0), X[0])
     _, state = flax_linen.apply(model, params, loras({"": (8, 4)}), X[0], mutable=True)
     assert (flax_linen.apply(model, state, {}, X[0]) == model.apply(params, X[0])).all()
 
 
-def test_a_layers_own_type_is_kept():
+def test_a_layers_own_type_is_kept(loras):
     model = nn.Dense(4, dtype=jnp.bfloat16)
     params = model.init(jax.random.key(0), X)
     adapter = loras({"": (8, 4)})
@@ -153,7 +137,7 @@ def test_a_layers_own_type_is_kept():
     np.testing.assert_allclose(y.astype(jnp.float32), want.astype(jnp.float32), atol=0.1)
 
 
-def test_boxed_params_stay_boxed():
+def test_boxed_params_stay_boxed(loras):
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     model = nn.Dense(4, kernel_init=init)
     boxed = model.init(jax.random.key(0), X)
@@ -173,18 +157,18 @@ def test_boxed_params_stay_boxed():
         ("stack.inner", (8, 8), "stack.inner: the model stacks 3 layers here"),
     ],
 )
-def test_a_module_without_a_place_is_refused_by_name(variables, path, shape, words):
+def test_a_module_without_a_place_is_refused_by_name(variables, loras, path, shape, words):
     with pytest.raises(InputError, match=words):
         flax_linen.apply(Model(), variables, loras({path: shape}), X)
 
 
-def test_a_merge_refuses_what_apply_does(variables):
+def test_a_merge_refuses_what_apply_does(variables, adapters, loras):
     with pytest.raises(InputError, match="'conv'"):
         flax_linen.merge(Model(), variables, loras({"conv": (8, 4)}), X)
     kept = {"conv": Saved(jnp.zeros((1, 8, 4)))}
     with pytest.raises(InputError, match="conv is kept whole"):
         flax_linen.apply(Model(), variables, kept, X)
-    biased = {"join": loras()["join"].replace(bias=jnp.ones(8))}
+    biased = {"join": adapters["lora"]["join"].replace(bias=jnp.ones(8))}
     with pytest.raises(InputError, match="join: its lora_bias"):
         flax_linen.merge(Model(), variables, biased, X)
 
@@ -204,14 +188,14 @@ class Twice(nn.Dense):
         return 2 * super().__call__(inputs)
 
 
-def test_a_subclass_with_a_call_of_its_own_is_refused():
+def test_a_subclass_with_a_call_of_its_own_is_refused(loras):
     params = Twice(4).init(jax.random.key(0), X)
     assert flax_linen.shapes(Twice(4), params, X) == {}
     with pytest.raises(InputError, match="Twice"):
         flax_linen.apply(Twice(4), params, loras({"": (8, 4)}), X)
 
 
-def test_a_lora_bias_is_added():
+def test_a_lora_bias_is_added(loras):
     model, x = nn.Dense(4), X[0]
     params = model.init(jax.random.key(0), x)
     adapter = {"": loras({"": (8, 4)})[""].replace(bias=jnp.ones(4))}

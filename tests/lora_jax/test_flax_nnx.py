@@ -9,7 +9,6 @@ from flax import nnx
 from lora_jax import flax_nnx
 from lora_jax.dora import with_magnitudes
 from lora_jax.errors import InputError
-from lora_jax.modules import init_ia3, init_lora
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 8))
 
@@ -63,25 +62,12 @@ def model():
     return Model(nnx.Rngs(0))
 
 
-def random(adapter, seed=0):
-    """The adapter with noise on all its arrays."""
-    leaves, form = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    new = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(form, new)
-
-
-def loras(shapes=SHAPES, seed=0):
-    key = jax.random.key(seed)
-    return random(init_lora(key, shapes, targets=["all-linear"], rank=2, alpha=3), seed)
-
-
-def ia3s():
-    return random(init_ia3(SHAPES, dict(zip(SHAPES, ["input", "output"] * 5, strict=False))))
-
-
-def doras(model):
-    return with_magnitudes(loras(), flax_nnx.kernels(model))
+@pytest.fixture(scope="module")
+def adapters(model, loras, ia3s):
+    """A random module of each kind on every layer that can have one."""
+    lora = loras(SHAPES)
+    dora = with_magnitudes(lora, flax_nnx.kernels(model))
+    return {"lora": lora, "dora": dora, "ia3": ia3s(SHAPES)}
 
 
 def test_shapes_are_those_of_every_plain_layer_once(model):
@@ -89,8 +75,7 @@ def test_shapes_are_those_of_every_plain_layer_once(model):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
-def test_modules_do_what_merged_kernels_do_and_the_users_stay(model, kind):
-    adapter = {"lora": loras, "ia3": ia3s, "dora": lambda: doras(model)}[kind]()
+def test_modules_do_what_merged_kernels_do_and_the_users_stay(model, adapters, kind):
     before = jax.tree.map(np.asarray, nnx.state(model))
 
     @jax.jit
@@ -98,14 +83,14 @@ def test_modules_do_what_merged_kernels_do_and_the_users_stay(model, kind):
         changed, merged = flax_nnx.apply(model, adapter), flax_nnx.merge(model, adapter)
         return changed(X), merged(X), model(X)
 
-    got, want, base = outputs(model, adapter)
+    got, want, base = outputs(model, adapters[kind])
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert abs(got - base).max() > 0.01
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
     assert type(model.split) is nnx.Einsum and flax_nnx.shapes(model) == SHAPES
 
 
-def test_a_gradient_to_the_adapter_is_the_one_through_merged_kernels(model):
+def test_a_gradient_to_the_adapter_is_the_one_through_merged_kernels(model, adapters):
     def loss(adapter, put):
         return jnp.sum(put(model, adapter)(X) ** 2)
 
@@ -113,7 +98,7 @@ def test_a_gradient_to_the_adapter_is_the_one_through_merged_kernels(model):
     def gradients(adapter):
         return [jax.grad(loss)(adapter, put) for put in (flax_nnx.apply, flax_nnx.merge)]
 
-    got, want = gradients(loras())
+    got, want = gradients(adapters["lora"])
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-3), got, want)
 
 
@@ -122,7 +107,7 @@ def test_no_module_is_the_model_itself(model):
     assert (flax_nnx.apply(block, {})(X) == block(X)).all()
 
 
-def test_a_changed_model_splits_jits_and_keeps_what_its_layers_are(model):
+def test_a_changed_model_splits_jits_and_keeps_what_its_layers_are(model, loras):
     adapter = loras({"inner": (8, 8)})
     changed = flax_nnx.apply(model.blocks[0], adapter)
     assert isinstance(changed.inner, nnx.Linear) and changed.inner.in_features == 8
@@ -130,7 +115,7 @@ def test_a_changed_model_splits_jits_and_keeps_what_its_layers_are(model):
     np.testing.assert_allclose(nnx.jit(lambda m: m(X))(again), changed(X), atol=1e-5)
 
 
-def test_a_layers_own_type_is_kept():
+def test_a_layers_own_type_is_kept(loras):
     layer = nnx.Linear(8, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     adapter = loras({"": (8, 4)})
     got, want = (put(layer, adapter)(X) for put in (flax_nnx.apply, flax_nnx.merge))
@@ -138,7 +123,7 @@ def test_a_layers_own_type_is_kept():
     np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=0.1)
 
 
-def test_a_kernel_that_two_layers_share_is_merged_into_one_of_them_alone():
+def test_a_kernel_that_two_layers_share_is_merged_into_one_of_them_alone(loras):
     pair = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1))])
     pair[1].kernel = pair[0].kernel
     adapter = loras({"0": (8, 8)})
@@ -156,13 +141,13 @@ def test_a_kernel_that_two_layers_share_is_merged_into_one_of_them_alone():
         ("stack.inner", (8, 8), r"stack.inner is \(3, 8, 8\)"),
     ],
 )
-def test_a_module_without_a_place_is_refused_by_name(model, path, shape, words):
+def test_a_module_without_a_place_is_refused_by_name(model, loras, path, shape, words):
     for put in (flax_nnx.apply, flax_nnx.merge):
         with pytest.raises(InputError, match=words):
             put(model, loras({path: shape}))
 
 
-def test_an_einsum_called_with_another_string_is_refused(model):
+def test_an_einsum_called_with_another_string_is_refused(model, loras):
     changed = flax_nnx.apply(model.split, loras({"": (8, 8)}))
     with pytest.raises(InputError, match="no plain contraction"):
         changed(jnp.ones((2, 8, 4)), "hdk,hdk->hdk")

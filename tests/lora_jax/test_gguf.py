@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 from lora_jax import bases, checkpoint, files, gguf, models, tokens
@@ -42,11 +41,11 @@ def permuted(kernel, heads):
         for i in range(half)
         for side in (0, 1)
     ]
-    return np.ascontiguousarray(kernel[rows])
+    return kernel[rows]
 
 
 @pytest.fixture(scope="session")
-def write_gguf(config, base_folder):
+def write_gguf(config, base_folder, gguf_file):
     """A function that writes the tiny model as llama.cpp's converter does, less what is left out.
 
     `leave` names metadata keys to leave out; `spare` adds tensors; `permute` may be turned off.
@@ -55,66 +54,37 @@ def write_gguf(config, base_folder):
     vocabulary = files.read_json(base_folder / "tokenizer.json")["model"]["vocab"]
     template = files.read_json(base_folder / "tokenizer_config.json")["chat_template"]
 
-    def write(path, *, leave=(), spare=None, permute=True, kind="llama", pre="gpt-2", merges=()):
-        writer = GGUFWriter(path, kind)
-        names = [*sorted(vocabulary, key=vocabulary.get), "<|im_start|>", "<|im_end|>", "he", "ll"]
-        names += [f"<spare{n}>" for n in range(config.vocabulary - len(names))]
-        put = {
-            "llama.context_length": lambda: writer.add_context_length(config.context),
-            "llama.embedding_length": lambda: writer.add_embedding_length(config.width),
-            "llama.feed_forward_length": lambda: writer.add_feed_forward_length(config.hidden),
-            "llama.block_count": lambda: writer.add_block_count(config.layers),
-            "llama.attention.head_count": lambda: writer.add_head_count(config.heads),
-            "llama.attention.head_count_kv": lambda: writer.add_head_count_kv(config.kv_heads),
-            "llama.rope.dimension_count": lambda: writer.add_rope_dimension_count(
-                config.head_width
-            ),
-            "llama.rope.freq_base": lambda: writer.add_rope_freq_base(config.rope.base),
-            "llama.attention.layer_norm_rms_epsilon": lambda: writer.add_layer_norm_rms_eps(
-                config.eps
-            ),
-            "tokenizer.ggml.model": lambda: writer.add_tokenizer_model("gpt2"),
-            "tokenizer.ggml.pre": lambda: writer.add_tokenizer_pre(pre),
-            "tokenizer.ggml.tokens": lambda: writer.add_token_list(names),
-            "tokenizer.ggml.token_type": lambda: writer.add_token_types(
-                [1] * 256 + [3, 3] + [1] * (len(names) - 258)
-            ),
-            "tokenizer.ggml.merges": lambda: writer.add_token_merges(["h e", "l l", *merges]),
-            "tokenizer.ggml.bos_token_id": lambda: writer.add_bos_token_id(256),
-            "tokenizer.ggml.eos_token_id": lambda: writer.add_eos_token_id(257),
-            "tokenizer.chat_template": lambda: writer.add_chat_template(template),
-        }
-        for key, add in put.items():
-            if key not in leave:
-                add()
+    names = [*sorted(vocabulary, key=vocabulary.get), "<|im_start|>", "<|im_end|>", "he", "ll"]
+    names += [f"<spare{n}>" for n in range(config.vocabulary - len(names))]
+
+    def stored(permute):
         for name, value in tensors.items():
             heads = {"q": config.heads, "k": config.kv_heads}.get(name[-13:-12])
             if permute and name.endswith(("q_proj.weight", "k_proj.weight")):
                 value = permuted(value, heads)
-            writer.add_tensor(llama_cpp_name(name), value)
-        for name, value in (spare or {}).items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+            yield llama_cpp_name(name), value
+
+    def write(path, *, leave=(), spare=None, permute=True, kind="llama", pre="gpt-2", merges=()):
+        def add(writer):
+            writer.add_rope_dimension_count(config.head_width)
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(pre)
+            writer.add_token_list(names)
+            writer.add_token_types([1] * 256 + [3, 3] + [1] * (len(names) - 258))
+            writer.add_token_merges(["h e", "l l", *merges])
+            writer.add_bos_token_id(256)
+            writer.add_eos_token_id(257)
+            writer.add_chat_template(template)
+
+        listed = [*stored(permute), *(spare or {}).items()]
+        return gguf_file(path, kind, config, listed, add=add, leave=leave)
 
     return write
 
 
-def convert(source, tmp_path):
-    folder = tmp_path / "converted"
-    folder.mkdir()
-    gguf.convert(source, folder)
-    return folder
-
-
-def test_a_converted_model_is_the_model(tmp_path, write_gguf, config, weights, hidden):
+def test_a_converted_model_is_the_model(tmp_path, write_gguf, convert, config, weights, hidden):
     done = []
-    folder = tmp_path / "converted"
-    folder.mkdir()
-    gguf.convert(write_gguf(tmp_path / "m.gguf"), folder, lambda *step: done.append(step))
+    folder = convert(write_gguf(tmp_path / "m.gguf"), lambda *step: done.append(step))
     assert checkpoint.read_config(folder) == config
     loaded = checkpoint.load_weights(folder, config)
     tokens_ = np.arange(20).reshape(2, 10)
@@ -126,18 +96,18 @@ def test_a_converted_model_is_the_model(tmp_path, write_gguf, config, weights, h
 
 
 def test_without_the_permutation_the_model_would_differ(
-    tmp_path, write_gguf, config, weights, hidden
+    tmp_path, write_gguf, convert, config, weights, hidden
 ):
     """The test above tells: a file whose kernels are not permuted converts to another model."""
-    folder = convert(write_gguf(tmp_path / "m.gguf", permute=False), tmp_path)
+    folder = convert(write_gguf(tmp_path / "m.gguf", permute=False))
     loaded = checkpoint.load_weights(folder, config)
     tokens_ = np.arange(20).reshape(2, 10)
     wrong, right = (hidden(config, w, {}, tokens_) for w in (loaded, weights))
     assert not np.allclose(wrong, right, atol=0.05)
 
 
-def test_the_tokenizer_and_its_chat_template_come_along(tmp_path, write_gguf):
-    folder = convert(write_gguf(tmp_path / "m.gguf"), tmp_path)
+def test_the_tokenizer_and_its_chat_template_come_along(tmp_path, write_gguf, convert):
+    folder = convert(write_gguf(tmp_path / "m.gguf"))
     tokenizer = tokens.load_tokenizer(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
     text = "hello, wörld 1234\n"
@@ -156,8 +126,10 @@ def test_the_tokenizer_and_its_chat_template_come_along(tmp_path, write_gguf):
         ("llama-bpe", ["Ġ", "1", "2", "3", "4"]),
     ],
 )
-def test_every_pre_tokenizer_splits_bytes_and_decodes_back(tmp_path, write_gguf, pre, pieces):
-    folder = convert(write_gguf(tmp_path / "m.gguf", pre=pre), tmp_path)
+def test_every_pre_tokenizer_splits_bytes_and_decodes_back(
+    tmp_path, write_gguf, convert, pre, pieces
+):
+    folder = convert(write_gguf(tmp_path / "m.gguf", pre=pre))
     tokenizer = tokens.load_tokenizer(folder)
     assert tokenizer.tokenize(" 1234") == pieces
     assert tokenizer.decode(tokens.encode(tokenizer, ["Où est-ce?"])[0]) == "Où est-ce?"
@@ -173,48 +145,54 @@ def test_a_base_may_be_a_gguf_file_converted_once(tmp_path, write_gguf, config, 
     assert bases.load_base(str(source)).digest == base.digest
 
 
-def refusal(source, tmp_path) -> str:
-    with pytest.raises(InputError) as caught:
-        convert(source, tmp_path)
-    return str(caught.value)
+@pytest.fixture
+def refusal(convert):
+    """A function to what is said of a GGUF file that cannot be converted."""
+
+    def told(source) -> str:
+        with pytest.raises(InputError) as caught:
+            convert(source)
+        return str(caught.value)
+
+    return told
 
 
 @pytest.mark.parametrize("left", [0, 3, 100, 9000, -100])
-def test_a_truncated_file_is_refused(tmp_path, write_gguf, left):
+def test_a_truncated_file_is_refused(tmp_path, write_gguf, refusal, left):
     source = write_gguf(tmp_path / "m.gguf")
     source.write_bytes(source.read_bytes()[:left])
-    assert "m.gguf is truncated or not a GGUF file" in refusal(source, tmp_path)
+    assert "m.gguf is truncated or not a GGUF file" in refusal(source)
 
 
-def test_a_file_of_another_format_is_refused(tmp_path):
+def test_a_file_of_another_format_is_refused(tmp_path, refusal):
     source = tmp_path / "m.gguf"
     source.write_bytes(b"PK\x03\x04" * 100)
-    assert "is truncated or not a GGUF file" in refusal(source, tmp_path)
+    assert "is truncated or not a GGUF file" in refusal(source)
 
 
-def test_another_architecture_is_refused(tmp_path, write_gguf):
+def test_another_architecture_is_refused(tmp_path, write_gguf, refusal):
     source = write_gguf(tmp_path / "m.gguf", kind="mamba")
-    message = refusal(source, tmp_path)
+    message = refusal(source)
     assert "architecture 'mamba' is not supported (llama, gemma3 are)" in message
 
 
 @pytest.mark.parametrize("key", ["llama.block_count", "tokenizer.ggml.merges"])
-def test_metadata_that_lacks_a_key_is_refused_by_its_name(tmp_path, write_gguf, key):
-    message = refusal(write_gguf(tmp_path / "m.gguf", leave=(key,)), tmp_path)
+def test_metadata_that_lacks_a_key_is_refused_by_its_name(tmp_path, write_gguf, refusal, key):
+    message = refusal(write_gguf(tmp_path / "m.gguf", leave=(key,)))
     assert message.endswith(f"m.gguf: its metadata lacks '{key}'")
 
 
-def test_a_tensor_without_a_place_is_refused(tmp_path, write_gguf):
+def test_a_tensor_without_a_place_is_refused(tmp_path, write_gguf, refusal):
     source = write_gguf(tmp_path / "m.gguf", spare={"rope_freqs.weight": np.ones(4, np.float32)})
-    message = refusal(source, tmp_path)
+    message = refusal(source)
     assert "'rope_freqs.weight' has no place in a model of its architecture" in message
 
 
-def test_an_unknown_tokenizer_is_refused(tmp_path, write_gguf):
-    message = refusal(write_gguf(tmp_path / "m.gguf", pre="tekken"), tmp_path)
+def test_an_unknown_tokenizer_is_refused(tmp_path, write_gguf, refusal):
+    message = refusal(write_gguf(tmp_path / "m.gguf", pre="tekken"))
     assert "its tokenizer ('gpt2', 'tekken') is not supported" in message
 
 
-def test_merges_of_tokens_that_there_are_not_are_refused(tmp_path, write_gguf):
-    message = refusal(write_gguf(tmp_path / "m.gguf", merges=["he ll"]), tmp_path)
+def test_merges_of_tokens_that_there_are_not_are_refused(tmp_path, write_gguf, refusal):
+    message = refusal(write_gguf(tmp_path / "m.gguf", merges=["he ll"]))
     assert "its tokenizer does not hold together" in message

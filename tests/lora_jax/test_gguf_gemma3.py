@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 
 from lora_jax import checkpoint, gguf, models, tokens
 from lora_jax.errors import InputError
@@ -70,31 +69,18 @@ def weights(config, random_weights):
 
 
 @pytest.fixture
-def write(config, weights):
+def write(config, weights, gguf_file):
     """A function that writes the model as GGUF, with other metadata if it is given some."""
 
     def make(path, *, gain=1.0, extra=()):
-        writer = GGUFWriter(path, "gemma3")
-        writer.add_context_length(config.context)
-        writer.add_embedding_length(config.width)
-        writer.add_feed_forward_length(config.hidden)
-        writer.add_block_count(config.layers)
-        writer.add_head_count(config.heads)
-        writer.add_head_count_kv(config.kv_heads)
-        writer.add_key_length(config.head_width)
-        writer.add_rope_freq_base(config.rope.base)
-        writer.add_layer_norm_rms_eps(config.eps)
-        writer.add_sliding_window(config.window)
-        _tokenizer(writer)
-        for name, *values in extra:
-            getattr(writer, name)(*values)
-        for name, value in stored(weights, gain):
-            writer.add_tensor(name, np.ascontiguousarray(value))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        def add(writer):
+            writer.add_key_length(config.head_width)
+            writer.add_sliding_window(config.window)
+            _tokenizer(writer)
+            for name, *values in extra:
+                getattr(writer, name)(*values)
+
+        return gguf_file(path, "gemma3", config, stored(weights, gain), add=add)
 
     return make
 
@@ -123,35 +109,28 @@ def _tokenizer(writer):
     writer.add_add_space_prefix(False)
 
 
-def convert(source, tmp_path):
-    folder = tmp_path / "converted"
-    folder.mkdir()
-    gguf.convert(source, folder)
-    return folder
-
-
 ROW = np.arange(24).reshape(2, 12)
 
 
-def test_a_converted_model_is_the_model(tmp_path, write, config, weights, hidden):
-    folder = convert(write(tmp_path / "m.gguf"), tmp_path)
+def test_a_converted_model_is_the_model(tmp_path, write, convert, config, weights, hidden):
+    folder = convert(write(tmp_path / "m.gguf"))
     assert checkpoint.read_config(folder) == config
     loaded = checkpoint.load_weights(folder, config)
     np.testing.assert_allclose(
         hidden(config, loaded, {}, ROW), hidden(config, weights, {}, ROW), atol=1e-5
     )
-    wrong = convert(write(tmp_path / "n.gguf", gain=0.0), tmp_path / "converted")
+    wrong = convert(write(tmp_path / "n.gguf", gain=0.0))
     other = checkpoint.load_weights(wrong, config)
     assert not np.allclose(hidden(config, other, {}, ROW), hidden(config, weights, {}, ROW), 0.1)
 
 
-def test_its_tokenizer_comes_along(tmp_path, write):
-    tokenizer = tokens.load_tokenizer(convert(write(tmp_path / "m.gguf"), tmp_path))
+def test_its_tokenizer_comes_along(tmp_path, write, convert):
+    tokenizer = tokens.load_tokenizer(convert(write(tmp_path / "m.gguf")))
     assert tokenizer.tokenize("ab ab a\né") == ["ab", "▁", "ab", "▁a", "\n", "<0xC3>", "<0xA9>"]
     assert tokenizer("a")["input_ids"][0] == 2
 
 
-def test_what_newer_files_say_is_read(tmp_path, write, config):
+def test_what_newer_files_say_is_read(tmp_path, write, convert, config):
     from gguf import RopeScalingType
 
     extra = [
@@ -160,7 +139,7 @@ def test_what_newer_files_say_is_read(tmp_path, write, config):
         ("add_rope_scaling_type", RopeScalingType.LINEAR),
         ("add_rope_scaling_factor", 8.0),
     ]
-    folder = convert(write(tmp_path / "m.gguf", extra=extra), tmp_path)
+    folder = convert(write(tmp_path / "m.gguf", extra=extra))
     assert checkpoint.read_config(folder) == replace(
         config,
         local=(True, False) * 3,
@@ -176,14 +155,14 @@ def test_what_newer_files_say_is_read(tmp_path, write, config):
         (("add_rope_scaling_type", "yarn"), r"gemma3\.rope\.scaling\.type 'yarn' is not supported"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_its_key(tmp_path, write, extra, told):
+def test_what_is_not_implemented_is_refused_by_its_key(tmp_path, write, convert, extra, told):
     from gguf import RopeScalingType
 
     name, value = extra
     value = RopeScalingType(value) if isinstance(value, str) else value
     source = write(tmp_path / "m.gguf", extra=[(name, value)])
     with pytest.raises(InputError, match=told):
-        convert(source, tmp_path)
+        convert(source)
 
 
 def test_the_largest_model_alone_divides_its_queries_otherwise():

@@ -208,6 +208,22 @@ def test_a_tokenizer_of_another_kind_is_refused(learned, tmp_path, change):
         write(learned | change, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("bos_token_id", 10**6, r"bos_token_id is 1000000, and there are \d+ tokens"),
+        ("eos_token_id", -1, "eos_token_id is -1, and there are"),
+        ("unknown_token_id", 10**6, "unknown_token_id is 1000000"),
+        ("token_type", [1], r"token_type has 1 entries for \d+ tokens"),
+        ("scores", [], r"scores has 0 entries for \d+ tokens"),
+        ("tokens", ["a"], "token_type has .* entries for 1 tokens; .*bos_token_id is 2, and"),
+    ],
+)
+def test_metadata_that_does_not_hold_together_is_refused(learned, tmp_path, key, value, told):
+    with pytest.raises(InputError, match=rf"m\.gguf: tokenizer\.ggml\..*{told}"):
+        write(learned | {f"tokenizer.ggml.{key}": value}, tmp_path)
+
+
 UNUSUAL = [
     *[f"{w}{w} {w}  {w}" for w in ("ha", "nein", "très", "==", "-*", "0", "aAa")],
     "https://example.org/a_b?c=1&d=%20",

@@ -1,14 +1,10 @@
 """LoRA and IA3 in PEFT's format, made by PEFT and read here, and the other way round."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel
 
-from lora_jax import merge, models, peft
-from lora_jax.modules import IA3, LoRA
+from lora_jax import merge, peft
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORAS = {
@@ -58,16 +54,6 @@ def rows(random_tokens):
     return np.asarray(random_tokens(2, 12))
 
 
-def shake(model, seed=0):
-    """Gives every module of a PEFT model random values, so that it changes what comes out."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "ia3_l" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def peft_config(kind, settings):
     return (LoraConfig if kind == "LoRA" else IA3Config)(task_type="CAUSAL_LM", **settings)
 
@@ -77,11 +63,11 @@ CASES = [("LoRA", name) for name in LORAS] + [("IA3", name) for name in IA3S]
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_what_peft_saves_changes_the_model_alike(
-    tmp_path, config, weights, theirs, rows, logits, torch_logits, kind, name, agree
+    tmp_path, config, weights, theirs, rows, logits, torch_logits, with_modules, kind, name, agree
 ):
     settings = (LORAS if kind == "LoRA" else IA3S)[name]
     before = torch_logits(theirs, rows)
-    model = shake(get_peft_model(theirs, peft_config(kind, settings)))
+    model = with_modules(theirs, peft_config(kind, settings))
     model.save_pretrained(tmp_path)
     adapter = peft.load_adapter(tmp_path, config)
     after = torch_logits(model, rows)
@@ -132,13 +118,12 @@ def test_an_ia3_of_ours_changes_pefts_model_alike(
     agree(f"IA3 to PEFT, layout {layout}", ours, torch_logits(model, rows), 1e-4)
 
 
-def test_what_peft_saves_comes_back_bit_for_bit(tmp_path, config, theirs):
+def test_what_peft_saves_comes_back_bit_for_bit(tmp_path, config, theirs, with_modules):
     """PEFT's file, read and written by us, holds the same tensors."""
     from safetensors.numpy import load_file
 
-    shake(get_peft_model(theirs, peft_config("LoRA", LORAS["alpha unlike rank"]))).save_pretrained(
-        tmp_path / "theirs"
-    )
+    model = with_modules(theirs, peft_config("LoRA", LORAS["alpha unlike rank"]))
+    model.save_pretrained(tmp_path / "theirs")
     adapter = peft.load_adapter(tmp_path / "theirs", config)
     peft.save_adapter(tmp_path / "ours", adapter, config)
     one, other = (load_file(tmp_path / d / peft.WEIGHTS) for d in ("theirs", "ours"))
@@ -150,42 +135,14 @@ def test_what_peft_saves_comes_back_bit_for_bit(tmp_path, config, theirs):
     ("kind", "name"),
     [("LoRA", "alpha unlike rank"), ("LoRA", "rslora on all"), ("IA3", "PEFT's layout")],
 )
-def test_gradients(tmp_path, config, weights, theirs, rows, kind, name, agree):
-    """Of the mean cross-entropy of the next token, by the adapter's every tensor."""
+def test_gradients(
+    tmp_path, config, weights, theirs, rows, with_modules, agree_on_next_tokens, kind, name
+):
     settings = (LORAS if kind == "LoRA" else IA3S)[name]
-    model = shake(get_peft_model(theirs, peft_config(kind, settings)))
+    model = with_modules(theirs, peft_config(kind, settings))
     model.save_pretrained(tmp_path)
     adapter = peft.load_adapter(tmp_path, config)
-
-    def loss(adapter):
-        states = models.forward(config, weights, adapter, jnp.asarray(rows)).hidden[:, :-1]
-        chances = jax.nn.log_softmax(models.unembed(config, weights, {}, states))
-        return -jnp.mean(jnp.take_along_axis(chances, rows[:, 1:, None], axis=-1))
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(adapter)
-    labels = torch.tensor(rows).long()
-    out = model(labels, labels=labels)
-    out.loss.backward()
-    agree(f"{kind} loss, {name}", value, out.loss.item(), 1e-5)
-    found = {n.replace(".default", ""): p.grad for n, p in model.named_parameters()}
-    pairs = list(_paired(gradients, found))
-    assert len(pairs) == sum(gradient is not None for gradient in found.values())
-    scaled = [[tensor.ravel() / np.abs(b).max() for tensor in (a, b)] for a, b in pairs]
-    ours, torchs = (np.concatenate(side) for side in zip(*scaled, strict=True))
-    agree(f"{kind} gradients, {name}, each over its tensor's largest", ours, torchs, 1e-4)
-
-
-def _paired(gradients, found):
-    """Our gradients and torch's, tensor by tensor, in PEFT's orientation."""
-    for path, module in gradients.items():
-        for layer in range(len(jax.tree.leaves(module)[0])):
-            stem = f"base_model.model.model.layers.{layer}.{path}"
-            match module:
-                case LoRA(a, b):
-                    yield np.asarray(a[layer].T), found[f"{stem}.lora_A.weight"].numpy()
-                    yield np.asarray(b[layer].T), found[f"{stem}.lora_B.weight"].numpy()
-                case IA3(offset):
-                    yield np.asarray(offset[layer]), found[f"{stem}.ia3_l"].numpy().reshape(-1)
+    agree_on_next_tokens(f"{kind}, {name}", config, weights, adapter, rows, model)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +157,10 @@ def _paired(gradients, found):
     ],
 )
 def test_the_real_model(
-    tmp_path, smollm, torch_smollm, rows, logits, torch_logits, kind, settings, agree
+    tmp_path, smollm, torch_smollm, rows, logits, torch_logits, with_modules, kind, settings, agree
 ):
-    model = get_peft_model(torch_smollm, peft_config(kind, settings))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "ia3_l" in name:
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    model.eval().save_pretrained(tmp_path)
+    model = with_modules(torch_smollm, peft_config(kind, settings), size=0.02)
+    model.save_pretrained(tmp_path)
     adapter = peft.load_adapter(tmp_path, smollm.config)
     ours = logits(smollm.config, smollm.weights, adapter, rows)
     name = f"SmolLM2 under {kind} {'rslora' if settings.get('use_rslora') else ''}".strip()

@@ -17,7 +17,7 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from compose import arrow
 from compose.genknowsub import genknowsub
 from compose.library import Library
-from lora_jax import models, peft
+from lora_jax import models, peft, selected
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -132,3 +132,31 @@ def test_the_real_model(
     name = "SmolLM2 under GenKnowSub + Arrow" if general else "SmolLM2 under Arrow"
     agree(f"{name} (which moves logits by {changed:.2g})", ours, theirs, 1e-3)
     assert jax.tree.leaves(routed) and models.projections(config).keys() >= routed.keys()
+
+
+def test_the_chosen_experts_alone_give_the_same_logits(
+    tmp_path,
+    monkeypatch,
+    config,
+    weights,
+    base_folder,
+    torch_model,
+    random_lora,
+    rows,
+    logits,
+    torch_logits,
+    agree,
+):
+    monkeypatch.setattr(selected, "worthwhile", lambda *_: True)
+    tasks = make_modules(config, random_lora, 5, dominant=True, seed=7, size=0.1)
+    routed = arrow.route_library(Library(tuple("abcde"), tuple(tasks)), top_k=2)
+    model = create_arrow_model(
+        torch_model(base_folder),
+        saved(tmp_path, tasks, config),
+        ArrowConfig(top_k=2, rng_seed=0),
+    ).eval()
+    theirs = torch_logits(model, rows)
+    jax.clear_caches()  # what was compiled with every expert would be taken again
+    ours = logits(config, weights, routed, rows)
+    assert np.abs(ours - logits(config, weights, {}, rows)).max() > 0.1
+    agree("Arrow, the chosen experts alone", ours, theirs, 1e-3)

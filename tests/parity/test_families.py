@@ -1,4 +1,4 @@
-"""Random Llamas, Mistrals, Qwens and Phi-3s, saved by transformers and read here, and back."""
+"""Random causal models of every family, saved by transformers and read here, and back."""
 
 from dataclasses import replace
 
@@ -7,21 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
-from lora_jax import checkpoint, models, peft
+from lora_jax import checkpoint, models
 
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-}
 ROPES = {
     "linear": {"factor": 3.0},
     "dynamic": {"factor": 4.0},
@@ -42,6 +30,12 @@ def scaled(kind, **given):
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 PHI3 = {"original_max_position_embeddings": 16}
+PHI = {"num_key_value_heads": 4}
+GEMMA3 = {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20} | MIXED
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
 FAMILIES = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "head_dim": 12}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
@@ -73,37 +67,45 @@ FAMILIES = {
         | {"num_attention_heads": 2, "num_key_value_heads": 1}
         | {"hidden_size": 24, "tie_word_embeddings": True, "sliding_window": 20},
     ),
+    "phi": ("Phi", PHI),
+    "phi, a rotary quarter, shared keys": (
+        "Phi",
+        {"partial_rotary_factor": 0.25, "rope_theta": 5e4},
+    ),
+    "phi, normed queries and keys": ("Phi", PHI | {"qk_layernorm": True}),
+    "phi, tied, exact gelu": ("Phi", PHI | {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "gemma3": ("Gemma3", GEMMA3),
+    "gemma3, every sixth global": (
+        "Gemma3",
+        GEMMA3 | {"num_hidden_layers": 6, "layer_types": None},
+    ),
+    "gemma3, scaled rope": ("Gemma3", GEMMA3 | {"rope_parameters": GEMMA3_ROPES}),
+    "gemma3, untied": ("Gemma3", GEMMA3 | {"tie_word_embeddings": False}),
+    "gpt2": ("GPT2", {}),
+    "gpt2, relu, n_inner 40": ("GPT2", {"activation_function": "relu", "n_inner": 40}),
+    "gpt2, logits not scaled": ("GPT2", {"scale_attn_weights": False}),
+    "gpt2, scaled by layer": (
+        "GPT2",
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ),
+    "gpt2, untied": ("GPT2", {"tie_word_embeddings": False}),
 }
-
-
-def random_torch(name, seed=0):
-    """A random model of the family; its biases too, which transformers starts at zero."""
-    torch.manual_seed(seed)
-    family, options = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**SHAPE | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture
 def rows(random_tokens):
     """Texts far longer than the windows."""
-    return np.asarray(random_tokens(2, 24)) % SHAPE["vocab_size"]
+    return np.asarray(random_tokens(2, 24)) % 96
 
 
 @pytest.fixture
-def pair(tmp_path):
+def pair(pair):
     """A function from a name to a random model in torch, and its config and weights here."""
 
     def make(name):
-        model = random_torch(name)
-        model.save_pretrained(tmp_path / "theirs")
-        config = checkpoint.read_config(tmp_path / "theirs")
-        return model, config, checkpoint.load_weights(tmp_path / "theirs", config)
+        family, settings = FAMILIES[name]
+        head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+        return pair(f"{family}{head}", settings)
 
     return make
 
@@ -121,35 +123,45 @@ def test_what_transformers_saves_computes_the_same_here(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_we_save_computes_the_same_there(
-    tmp_path, name, rows, logits, torch_logits, torch_model, agree
+    tmp_path, pair, name, rows, logits, torch_logits, torch_model, agree
 ):
-    random_torch(name, seed=1).save_pretrained(tmp_path / "theirs")
-    config = checkpoint.read_config(tmp_path / "theirs")
-    weights = checkpoint.load_weights(tmp_path / "theirs", config)
+    _, config, weights = pair(name)
     checkpoint.save_model(tmp_path / "ours", config, weights)
-    model = torch_model(tmp_path / "ours")
-    ours = logits(config, weights, {}, rows)
-    agree(f"{name}, saved by us", ours, torch_logits(model, rows), 1e-4)
+    assert checkpoint.read_config(tmp_path / "ours") == config
+    theirs = torch_logits(torch_model(tmp_path / "ours"), rows)
+    agree(f"{name}, saved by us", logits(config, weights, {}, rows), theirs, 1e-4)
 
 
-def test_the_window_is_felt(tmp_path, rows, logits):
+def test_the_window_is_felt(pair, rows, logits):
     """Else the tests above would pass without one."""
-    random_torch("mistral, a window of 5").save_pretrained(tmp_path)
-    config = checkpoint.read_config(tmp_path)
-    weights = checkpoint.load_weights(tmp_path, config)
+    _, config, weights = pair("mistral, a window of 5")
     near, far = (logits(c, weights, {}, rows) for c in (config, replace(config, window=None)))
     np.testing.assert_allclose(near[:, :5], far[:, :5], atol=1e-4)
     assert not np.allclose(near[:, 5:], far[:, 5:], atol=0.1)
 
 
-def test_shards_in_bfloat16(tmp_path, rows, logits, torch_logits, torch_model, agree):
-    model = random_torch("llama").to(torch.bfloat16)
+def test_shards_in_bfloat16(tmp_path, pair, load, rows, logits, torch_logits, torch_model, agree):
+    model = pair("llama")[0].to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    config = checkpoint.read_config(tmp_path)
-    ours = logits(config, checkpoint.load_weights(tmp_path, config), {}, rows)
+    config, weights = load(tmp_path)
     theirs = torch_logits(torch_model(tmp_path), rows)
-    agree("llama, bfloat16 shards", ours, theirs, 1e-4)
+    agree("llama, bfloat16 shards", logits(config, weights, {}, rows), theirs, 1e-4)
+
+
+def test_a_gpt2_without_its_prefix_and_with_its_masks(tmp_path, pair, rows, logits, agree):
+    """As the first checkpoints were stored: bare names, and a causal mask in every layer."""
+    from safetensors.numpy import load_file, save_file
+
+    _, config, weights = pair("gpt2")
+    path = tmp_path / "theirs" / "model.safetensors"
+    tensors = {k.removeprefix("transformer."): t for k, t in load_file(path).items()}
+    tensors |= {f"h.{n}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for n in range(3)}
+    tensors |= {f"h.{n}.attn.masked_bias": np.float32([-1e4]) for n in range(3)}
+    save_file(tensors, path)
+    bare = checkpoint.load_weights(tmp_path / "theirs", config)
+    ours, again = (logits(config, w, {}, rows) for w in (weights, bare))
+    agree("gpt2 without its prefix", again, ours, 0)
 
 
 PLACED = (
@@ -160,29 +172,46 @@ PLACED = (
     "llama, dynamic",
     "phi3, a window of 5",
     "phi3, longrope",
+    "phi",
+    "gemma3",
+    "gpt2",
 )
 
 
-@pytest.mark.parametrize("name", PLACED)
-def test_padded_and_packed_texts_are_as_each_alone(pair, name, rows, logits, torch_logits, agree):
+@pytest.fixture
+def texts(rows):
     """Texts of 14 and 19 tokens, within and beyond the context that a scaling begins at."""
-    model, config, weights = pair(name)
-    texts = [rows[:1, :14], rows[1:, :19]]
-    alone = np.concatenate([torch_logits(model, text) for text in texts], 1)
+    return rows[:1, :14], rows[1:, :19]
 
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("name", PLACED)
+def test_packed_texts_are_each_as_alone(pair, name, texts, logits, torch_logits, agree, counted):
+    """Whether their positions are given or not."""
+    model, config, weights = pair(name)
     segments = np.array([[0] * 3 + [1] * 14 + [2] * 19 + [0] * 4])
     packed = np.pad(np.concatenate(texts, 1), ((0, 0), (3, 4)), constant_values=7)
     positions = np.concatenate([np.zeros(3), *map(np.arange, (14, 19, 4))])[None].astype(int)
-    found = logits(config, weights, {}, packed, segments=segments, positions=positions)
+    given = {"positions": positions} if counted else {}
+    found = logits(config, weights, {}, packed, segments=segments, **given)
+    alone = np.concatenate([torch_logits(model, text) for text in texts], 1)
     agree(f"{name}, packed", found[:, 3:-4], alone, 1e-4)
 
-    padded = np.concatenate([np.pad(texts[0], ((0, 0), (5, 0))), texts[1]])
-    real = np.arange(19) >= [[5], [0]]
-    found = logits(config, weights, {}, padded, segments=real.astype(np.int32))
-    agree(f"{name}, padded", np.asarray(found)[real][None], alone, 1e-4)
 
-
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", PLACED)
+def test_padded_texts_are_each_as_alone(pair, name, texts, logits, torch_logits, agree, side):
+    model, config, weights = pair(name)
+    around = (5, 0) if side == "left" else (0, 5)
+    padded = np.concatenate([np.pad(texts[0], ((0, 0), around)), texts[1]])
+    real = np.pad(np.ones((1, 14), np.int32), ((0, 0), around))
+    real = np.concatenate([real, np.ones((1, 19), np.int32)])
+    found = np.asarray(logits(config, weights, {}, padded, segments=real))
+    alone = np.concatenate([torch_logits(model, text) for text in texts], 1)
+    agree(f"{name}, padded on the {side}", found[real > 0][None], alone, 1e-4)
+
+
+@pytest.mark.parametrize("name", [*PLACED, "phi, normed queries and keys", "gpt2, scaled by layer"])
 def test_a_cache_step_by_step(pair, name, rows, agree):
     """Its keys stay as they were turned, there and here, when a text outgrows its context."""
     model, config, weights = pair(name)
@@ -197,38 +226,3 @@ def test_a_cache_step_by_step(pair, name, rows, agree):
         with torch.no_grad():
             theirs.append(model(torch.tensor(tokens), past_key_values=past).logits)
     agree(f"{name}, cached", np.concatenate(ours, 1), np.concatenate(theirs, 1), 1e-4)
-
-
-FUSED = {
-    "LoRA on qkv and o": lambda: LoraConfig(
-        r=3, lora_alpha=7, target_modules=["qkv_proj", "o_proj"], task_type="CAUSAL_LM"
-    ),
-    "LoRA on all": lambda: LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "IA3": lambda: IA3Config(
-        target_modules=["qkv_proj", "down_proj"],
-        feedforward_modules=["down_proj"],
-        task_type="CAUSAL_LM",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", FUSED)
-def test_pefts_modules_on_phi3s_fused_projections(
-    tmp_path, pair, kind, rows, logits, torch_logits, torch_model, agree
-):
-    model, config, weights = pair("phi3, longrope")
-    before = torch_logits(model, rows)
-    changed = get_peft_model(model, FUSED[kind]())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in changed.named_parameters():
-            if "lora_" in name or "ia3_l" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    changed.eval().save_pretrained(tmp_path / "adapter")
-    adapter = peft.load_adapter(tmp_path / "adapter", config)
-    after = torch_logits(changed, rows)
-    assert np.abs(after - before).max() > 0.1
-    agree(f"phi3, {kind}", logits(config, weights, adapter, rows), after, 1e-4)
-    peft.save_adapter(tmp_path / "ours", adapter, config)
-    again = PeftModel.from_pretrained(torch_model(tmp_path / "theirs"), tmp_path / "ours")
-    agree(f"phi3, {kind}, saved by us", torch_logits(again, rows), after, 1e-5)

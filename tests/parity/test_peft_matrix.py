@@ -18,68 +18,51 @@ from peft import (
     LoraConfig,
     PeftModel,
     create_arrow_model,
-    get_peft_model,
 )
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
 from compose.arrow import route_library
 from compose.genknowsub import genknowsub
 from compose.library import Library
-from lora_jax import checkpoint, models, peft
+from lora_jax import models, peft
 from lora_jax.modules import init_lora
 
-SMALL = {"vocab_size": 64, "initializer_range": 0.2}
-DECODER = SMALL | {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-GROUPED = DECODER | {"num_key_value_heads": 2, "head_dim": 8}
 # transformers' classes and settings, and what the family calls its modules: two projections of the
 # attention, the feed-forward's last, its embedding, its head, its layers, and its last norm.
 LLAMA = "q_proj v_proj down_proj embed_tokens lm_head layers model.norm"
+BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
 MODELS = {
-    "llama": ("LlamaForCausalLM", GROUPED, LLAMA),
-    "llama, tied, biases": (
-        "LlamaForCausalLM",
-        GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-        LLAMA,
-    ),
-    "qwen3": ("Qwen3ForCausalLM", GROUPED, LLAMA),
+    "llama": ("LlamaForCausalLM", {}, LLAMA),
+    "llama, tied, biases": ("LlamaForCausalLM", BIASED, LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}, LLAMA),
     "phi3": (
         "Phi3ForCausalLM",
-        GROUPED,
+        {},
         "qkv_proj o_proj down_proj embed_tokens lm_head layers model.norm",
     ),
     "phi": (
         "PhiForCausalLM",
-        DECODER | {"partial_rotary_factor": 0.67},
+        {"num_key_value_heads": 4, "partial_rotary_factor": 0.75},
         "q_proj dense fc2 embed_tokens lm_head layers final_layernorm",
     ),
     "gemma3": (
         "Gemma3ForCausalLM",
-        GROUPED | {"sliding_window": 4, "tie_word_embeddings": False},
+        {"head_dim": 8, "sliding_window": 4, "tie_word_embeddings": False},
         LLAMA,
     ),
     "gpt2": (
         "GPT2LMHeadModel",
-        SMALL
-        | {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 32}
-        | {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None},
+        {"tie_word_embeddings": False},
         "c_attn attn.c_proj mlp.c_proj wte lm_head h ln_f",
     ),
     "t5": (
         "T5ForConditionalGeneration",
-        {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4},
+        {"d_kv": 8, "d_ff": 40, "num_decoder_layers": 3, "pad_token_id": 0, "eos_token_id": 1},
         "q v wo - - block decoder.final_layer_norm",
     ),
     "roberta": (
         "RobertaForSequenceClassification",
-        DECODER | {"max_position_embeddings": 40, "num_labels": 3, "pad_token_id": 1},
+        {"num_labels": 3, "pad_token_id": 1},
         "query value output.dense word_embeddings - layer roberta.embeddings.LayerNorm",
     ),
 }
@@ -145,49 +128,27 @@ CASES = [
 ]
 
 
-def random_torch(name, seed=0):
-    """A random model; its vectors too, which transformers starts at zero or one."""
-    kind, settings, _ = MODELS[name]
-    torch.manual_seed(seed)
-    model_class = getattr(transformers, kind)
-    model = model_class(model_class.config_class(**settings)).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "relative_attention_bias" in path:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def random_adapter(name, option, model):
-    """The model under a random adapter of PEFT's making: all that it would train is random."""
+def settings_of(name, option):
+    """PEFT's config of an option on a model."""
     words = MODELS[name][2].split()
     kind = IA3Config if option.startswith("ia3") else LoraConfig
     tasks = {"t5": "SEQ_2_SEQ_LM", "roberta": "SEQ_CLS"}
     settings = OPTIONS[option](*words) | {"task_type": tasks.get(name, "CAUSAL_LM")}
-    if "fan_in_fan_out" not in settings and name == "gpt2":
+    if name == "gpt2":
         settings["fan_in_fan_out"] = True
-    torch.manual_seed(1)
-    model = get_peft_model(model, kind(**settings)).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if "magnitude" in path or "ia3_l" in path:
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-            elif parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return kind(**settings)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, random_torch, load):
     """A function from a model's name to its folder, our config and our weights."""
     made = {}
 
     def make(name):
         if name not in made:
             folder = tmp_path_factory.mktemp("base")
-            random_torch(name).save_pretrained(folder)
-            config = checkpoint.read_config(folder)
-            made[name] = folder, config, checkpoint.load_weights(folder, config)
+            random_torch(*MODELS[name][:2]).save_pretrained(folder)
+            made[name] = folder, *load(folder)
         return made[name]
 
     return make
@@ -230,9 +191,12 @@ run = jax.jit(ours, static_argnums=0)
 
 @pytest.mark.filterwarnings("ignore")  # what PEFT says while it makes an adapter
 @pytest.mark.parametrize(("name", "option"), CASES)
-def test_an_adapter_of_pefts_comes_and_goes(tmp_path, base, tokens, agree, name, option):
+def test_an_adapter_of_pefts_comes_and_goes(
+    tmp_path, base, with_modules, tokens, agree, name, option
+):
     folder, config, weights = base(name)
-    model = random_adapter(name, option, in_torch(folder))
+    size = 0.3 if option.startswith("ia3") else 0.1
+    model = with_modules(in_torch(folder), settings_of(name, option), size)
     want = theirs(model, tokens)
     assert np.abs(want - theirs(in_torch(folder), tokens)).max() > 0.02
     model.save_pretrained(tmp_path / "theirs")

@@ -1,6 +1,5 @@
 """RoBERTa for sequence classification, and its modules with a head of their own, against torch."""
 
-import copy
 import warnings
 
 import jax
@@ -8,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel
 
 from lora_jax import checkpoint, merge, models, peft
-from lora_jax.modules import IA3, LoRA, Saved
+from lora_jax.modules import IA3, Saved
 
 PAD = 1
 LORA = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "value"]}
@@ -26,43 +25,31 @@ CASES = {
 }
 
 
-def random_torch(seed=0, **options):
-    """A random classifier of three labels; its vectors too, which transformers starts at 0 or 1."""
-    torch.manual_seed(seed)
-    config = transformers.RobertaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        initializer_range=0.2,
-        layer_norm_eps=1e-5,
-        id2label={0: "no", 1: "maybe", 2: "yes"},
-        label2id={"no": 0, "maybe": 1, "yes": 2},
-        **options,
-    )
-    model = transformers.RobertaForSequenceClassification(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+RANDOM = (
+    "RobertaForSequenceClassification",
+    {
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": PAD,
+        "id2label": {0: "no", 1: "maybe", 2: "yes"},
+        "label2id": {"no": 0, "maybe": 1, "yes": 2},
+    },
+)
 
 
 @pytest.fixture
-def theirs(tmp_path):
-    """A random classifier in torch, saved in `tmp_path / "base"`."""
-    model = random_torch()
-    model.save_pretrained(tmp_path / "base")
-    return model
+def classifier(pair):
+    """A random classifier of three labels in torch, and its config and weights here."""
+    return pair(*RANDOM)
 
 
 @pytest.fixture
-def base(tmp_path, theirs):
-    """The same one as we hold it: its config and weights."""
-    config = checkpoint.read_config(tmp_path / "base")
-    return config, checkpoint.load_weights(tmp_path / "base", config)
+def theirs(classifier):
+    return classifier[0]
+
+
+@pytest.fixture
+def base(classifier):
+    return classifier[1:]
 
 
 @pytest.fixture
@@ -84,23 +71,10 @@ def torchs(model, batch, **options):
     return model(tokens, attention_mask=segments, **options)
 
 
-def shake(model, seed=0):
-    """Gives everything that a PEFT model trains random values, its head too."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
 @pytest.mark.parametrize("types", [1, 2])
-def test_what_transformers_saves_computes_the_same_here(tmp_path, batch, agree, types):
-    model = random_torch(type_vocab_size=types)
-    model.save_pretrained(tmp_path)
-    config = checkpoint.read_config(tmp_path)
+def test_what_transformers_saves_computes_the_same_here(pair, batch, agree, types):
+    model, config, weights = pair(RANDOM[0], RANDOM[1] | {"type_vocab_size": types})
     assert config.labels == ("no", "maybe", "yes")
-    weights = checkpoint.load_weights(tmp_path, config)
     theirs = torchs(model, batch).logits.detach()
     agree(f"RoBERTa, {types} token types", ours(config, weights, {}, batch), theirs, 1e-4)
 
@@ -116,11 +90,8 @@ def test_what_we_save_computes_the_same_there(tmp_path, theirs, base, batch, agr
     agree("RoBERTa, saved by us", ours(*base, {}, batch), found, 1e-4)
 
 
-def test_a_masked_language_model_is_a_base_with_a_new_head(tmp_path, base, batch, agree):
-    model = transformers.RobertaForMaskedLM(random_torch().config).eval()
-    model.save_pretrained(tmp_path / "mlm")
-    config = checkpoint.read_config(tmp_path / "mlm")
-    weights = checkpoint.load_weights(tmp_path / "mlm", config)
+def test_a_masked_language_model_is_a_base_with_a_new_head(pair, batch, agree):
+    model, config, weights = pair("RobertaForMaskedLM", RANDOM[1])
     tokens, segments = batch
     states = models.forward(config, weights, {}, tokens, segments=segments).hidden
     whole = torchs(model, batch, output_hidden_states=True).hidden_states[-1].detach().numpy()
@@ -130,9 +101,11 @@ def test_a_masked_language_model_is_a_base_with_a_new_head(tmp_path, base, batch
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_peft_saves_changes_the_labels_alike(tmp_path, theirs, base, batch, name, agree):
+def test_what_peft_saves_changes_the_labels_alike(
+    tmp_path, theirs, base, batch, with_modules, name, agree
+):
     before = torchs(theirs, batch).logits.detach().numpy()
-    model = shake(get_peft_model(theirs, copy.deepcopy(CASES[name])))
+    model = with_modules(theirs, CASES[name])
     model.save_pretrained(tmp_path / "a")
     adapter = peft.load_adapter(tmp_path / "a", base[0])
     assert {p for p, m in adapter.items() if isinstance(m, Saved)} == set(
@@ -146,10 +119,10 @@ def test_what_peft_saves_changes_the_labels_alike(tmp_path, theirs, base, batch,
 
 
 @pytest.mark.parametrize("layout", ["peft", "pem"])
-def test_pefts_ia3_targets_are_our_layouts(tmp_path, theirs, base, layout):
+def test_pefts_ia3_targets_are_our_layouts(tmp_path, theirs, base, with_modules, layout):
     """PEFT's "output.dense" is the attention's output too, by its input."""
     name = "IA3, PEFT's own targets" if layout == "peft" else "IA3, the PEM paper's"
-    get_peft_model(theirs, copy.deepcopy(CASES[name])).save_pretrained(tmp_path / "a")
+    with_modules(theirs, CASES[name]).save_pretrained(tmp_path / "a")
     adapter = peft.load_adapter(tmp_path / "a", base[0])
     sides = {path: m.on for path, m in adapter.items() if isinstance(m, IA3)}
     assert sides == models.ia3_layouts(base[0])[layout]
@@ -175,10 +148,12 @@ def test_what_we_save_changes_pefts_labels_alike(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_the_module_and_the_head(tmp_path, theirs, base, batch, name, agree):
+def test_gradients_of_the_module_and_the_head(
+    tmp_path, theirs, base, batch, with_modules, name, agree_on_gradients
+):
     """Of the mean cross-entropy of the labels, by every tensor that is trained."""
     config, weights = base
-    model = shake(get_peft_model(theirs, copy.deepcopy(CASES[name])))
+    model = with_modules(theirs, CASES[name])
     model.save_pretrained(tmp_path / "a")
     adapter, targets = peft.load_adapter(tmp_path / "a", config), np.array([2, 0, 1])
 
@@ -186,37 +161,6 @@ def test_gradients_of_the_module_and_the_head(tmp_path, theirs, base, batch, nam
         chances = jax.nn.log_softmax(ours(config, weights, adapter, batch))
         return -chances[np.arange(3), targets].mean()
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(adapter)
-    out = torchs(model, batch, labels=torch.tensor(targets))
-    out.loss.backward()
-    agree(f"{name}: loss", value, out.loss.item(), 1e-5)
-    found = {_plain(n): p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    pairs = list(_paired(gradients, found))
-    assert len(pairs) == len(found)
-    scaled = [[tensor.ravel() / np.abs(b).max() for tensor in (a, b)] for a, b in pairs]
-    one, other = (np.concatenate(side) for side in zip(*scaled, strict=True))
-    agree(f"{name}: gradients, each over its tensor's largest", one, other, 1e-4)
-
-
-def _plain(name):
-    """A parameter's name in a PEFT model without what PEFT puts around its module."""
-    for part in (".modules_to_save", ".default", "base_model.model."):
-        name = name.replace(part, "")
-    return name
-
-
-def _paired(gradients, found):
-    """Our gradients and torch's, tensor by tensor, in torch's orientation."""
-    for path, module in gradients.items():
-        if isinstance(module, Saved):
-            name = path if path.endswith(".bias") else f"{path}.weight"
-            yield np.asarray(module.value).T, found[name]
-            continue
-        for layer in range(3):
-            stem = f"roberta.encoder.layer.{layer}.{path}"
-            match module:
-                case LoRA(a, b):
-                    yield np.asarray(a[layer].T), found[f"{stem}.lora_A.weight"]
-                    yield np.asarray(b[layer].T), found[f"{stem}.lora_B.weight"]
-                case IA3(offset):
-                    yield np.asarray(offset[layer]), found[f"{stem}.ia3_l"].reshape(-1)
+    found = jax.jit(jax.value_and_grad(loss))(adapter)
+    wanted = torchs(model, batch, labels=torch.tensor(targets)).loss
+    agree_on_gradients(name, config, found, wanted, model)

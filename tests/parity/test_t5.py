@@ -7,55 +7,52 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from peft import IA3Config, LoraConfig, PeftModel
+from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from eval.generation import Sampling, generate
 from lora_jax import checkpoint, merge, models, peft
 from lora_jax.families import t5
-from lora_jax.modules import IA3, LoRA
 from train.loss import Batch, Source, batch_loss
 
-SHAPE = {
-    "vocab_size": 96,
-    "d_model": 32,
+T5 = {
     "d_kv": 12,
     "d_ff": 56,
-    "num_layers": 2,
+    "num_hidden_layers": 2,
     "num_decoder_layers": 3,
-    "num_heads": 4,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,  # texts reach farther
     "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
 }
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-KINDS = {"v1.0": {}, "v1.1": V1_1, "flan": V1_1}
+KINDS = {"v1.0": T5, "v1.1": T5 | V1_1, "flan": T5 | V1_1}
 SOURCE = np.array([13, 24, 1, 17])  # tokens of each row of the source
 
 
-def random_torch(folder, name, seed=0):
-    """A random model of a kind, saved in `folder`; Flan's with the config that Google wrote."""
-    torch.manual_seed(seed)
-    model = T5ForConditionalGeneration(T5Config(**SHAPE, **KINDS[name])).eval()
-    if name != "v1.0":  # transformers 5 ties them until they differ
-        model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "relative_attention_bias" in path:
-                parameter.add_(0.5 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    if name == "flan":
-        path = folder / "config.json"
-        raw = json.loads(path.read_text()) | {"tie_word_embeddings": False, "n_positions": 512}
-        del raw["scale_decoder_outputs"]
-        path.write_text(json.dumps(raw))
-    return model
+@pytest.fixture
+def pair(tmp_path, random_torch, load):
+    """A function from a kind to a random model in torch, and its config and weights here.
 
+    It is saved in `tmp_path / "theirs"`, Flan's with the config that Google wrote.
+    """
 
-def load(folder):
-    config = checkpoint.read_config(folder)
-    return config, checkpoint.load_weights(folder, config)
+    def make(name):
+        model = random_torch("T5ForConditionalGeneration", KINDS[name], noise=0.5)
+        if name != "v1.0":  # transformers 5 ties them until they differ
+            model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
+        folder = tmp_path / "theirs"
+        model.save_pretrained(folder)
+        if name == "flan":
+            path = folder / "config.json"
+            raw = json.loads(path.read_text()) | {"tie_word_embeddings": False, "n_positions": 512}
+            del raw["scale_decoder_outputs"]
+            path.write_text(json.dumps(raw))
+        return model, *load(folder)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +98,9 @@ def torch_logits():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_transformers_saves_computes_the_same_here(
-    tmp_path, name, source, target, logits, torch_logits, agree
+    pair, name, source, target, logits, torch_logits, agree
 ):
-    model = random_torch(tmp_path, name)
-    config, weights = load(tmp_path)
+    model, config, weights = pair(name)
     assert config.tied == (name == "v1.0")
     real = target[1] > 0
     ours = np.asarray(logits(config, weights, {}, source, target))[real]
@@ -113,10 +109,9 @@ def test_what_transformers_saves_computes_the_same_here(
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_we_save_computes_the_same_there(
-    tmp_path, name, source, target, logits, torch_logits, agree
+    tmp_path, pair, name, source, target, logits, torch_logits, agree
 ):
-    random_torch(tmp_path / "theirs", name, seed=1)
-    config, weights = load(tmp_path / "theirs")
+    _, config, weights = pair(name)
     checkpoint.save_model(tmp_path / "ours", config, weights)
     model = T5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     real = target[1] > 0
@@ -156,17 +151,16 @@ def step_by_step(config, weights, source, target):
 
 
 @pytest.mark.parametrize("name", ["v1.0", "v1.1"])
-def test_a_cached_decoder(tmp_path, name, source, target, torch_logits, agree):
-    model = random_torch(tmp_path, name)
-    ours = step_by_step(*load(tmp_path), source, target)
+def test_a_cached_decoder(pair, name, source, target, torch_logits, agree):
+    model, config, weights = pair(name)
+    ours = step_by_step(config, weights, source, target)
     real, theirs = target[1] > 0, torch_logits(model, source, target)
     agree(f"T5 {name}, step by step", ours[real], theirs[real], 1e-4)
 
 
 @pytest.mark.parametrize("name", ["v1.0", "v1.1"])
-def test_greedy_text_is_transformers(tmp_path, name, source):
-    model = random_torch(tmp_path, name)
-    config, weights = load(tmp_path)
+def test_greedy_text_is_transformers(pair, name, source):
+    model, config, weights = pair(name)
     tokens, mask = (torch.tensor(x).long() for x in source)
     # Its cache has as many layers as the encoder, which are too few for this decoder.
     options = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}
@@ -181,32 +175,24 @@ def test_greedy_text_is_transformers(tmp_path, name, source):
 
 
 SETTINGS = {
-    "LoRA on q and v": (LoraConfig, {"r": 3, "lora_alpha": 7, "target_modules": ["q", "v"]}),
-    "LoRA on all": (LoraConfig, {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}),
-    "IA3": (IA3Config, {}),  # PEFT's own for T5: k, v, and wo's input
+    "LoRA on q and v": LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=3, lora_alpha=7, target_modules=["q", "v"]
+    ),
+    "LoRA on all": LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=2, lora_alpha=3, target_modules="all-linear"
+    ),
+    "IA3": IA3Config(task_type="SEQ_2_SEQ_LM"),  # PEFT's own for T5: k, v, and wo's input
 }
-
-
-def with_modules(model, name):
-    """The model under modules of PEFT's that are random, so that they change what comes out."""
-    kind, settings = SETTINGS[name]
-    model = get_peft_model(model, kind(task_type="SEQ_2_SEQ_LM", **settings))
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if "lora_" in path or "ia3_l" in path:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
 def test_what_peft_saves_changes_the_model_alike(
-    tmp_path, kind, name, source, target, logits, torch_logits, agree
+    tmp_path, pair, with_modules, kind, name, source, target, logits, torch_logits, agree
 ):
-    model = random_torch(tmp_path / "base", kind)
-    config, weights = load(tmp_path / "base")
+    model, config, weights = pair(kind)
     before = torch_logits(model, source, target)
-    model = with_modules(model, name)
+    model = with_modules(model, SETTINGS[name])
     model.save_pretrained(tmp_path / "a")
     adapter = peft.load_adapter(tmp_path / "a", config)
     after, real = torch_logits(model, source, target), target[1] > 0
@@ -219,10 +205,9 @@ def test_what_peft_saves_changes_the_model_alike(
 
 @pytest.mark.parametrize("name", ["LoRA", "LoRA on the encoder's q", "IA3"])
 def test_what_we_save_changes_pefts_model_alike(
-    tmp_path, name, source, target, logits, torch_logits, random_lora, random_ia3, agree
+    tmp_path, pair, name, source, target, logits, torch_logits, random_lora, random_ia3, agree
 ):
-    model = random_torch(tmp_path / "base", "v1.1")
-    config, weights = load(tmp_path / "base")
+    model, config, weights = pair("v1.1")
     some = {"targets": ("encoder.layer.0.SelfAttention.q",)}
     options = {"targets": ("q", "v", "wi_1")} if name == "LoRA" else some
     adapter = random_ia3(config) if name == "IA3" else random_lora(config, **options)
@@ -238,15 +223,13 @@ def test_what_we_save_changes_pefts_model_alike(
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_gradients(tmp_path, name, source, target, agree):
-    """Of the cross-entropy of a target's tokens, by the adapter's every tensor."""
-    model = random_torch(tmp_path / "base", "v1.0")
-    config, weights = load(tmp_path / "base")
-    model = with_modules(model, name)
+def test_gradients(tmp_path, pair, with_modules, name, source, target, agree_on_gradients):
+    """Of the mean cross-entropy of a target's tokens, by the adapter's every tensor."""
+    model, config, weights = pair("v1.0")
+    model = with_modules(model, SETTINGS[name])
     model.save_pretrained(tmp_path / "a")
     adapter = peft.load_adapter(tmp_path / "a", config)
     tokens, mask = source
-    labels = np.where(target[1] > 0, target[0], -100)
     made = Batch(
         np.where(target[1] > 0, np.c_[np.zeros(4, int), target[0][:, :-1]], 0),
         target[1],
@@ -256,28 +239,9 @@ def test_gradients(tmp_path, name, source, target, agree):
         target[1].astype(np.float32),
         Source(tokens, mask),
     )
-    batch = jax.tree.map(jnp.asarray, made)
-    ours = jax.jit(jax.value_and_grad(lambda a: batch_loss(config, weights, a, batch)))(adapter)
+    batch, count = jax.tree.map(jnp.asarray, made), target[1].sum()
+    loss = jax.value_and_grad(lambda a: batch_loss(config, weights, a, batch) / count)
+    labels = np.where(target[1] > 0, target[0], -100)
     given = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-    loss = model(**{n: torch.tensor(x).long() for n, x in given.items()}).loss * target[1].sum()
-    loss.backward()
-    agree(f"T5 loss, {name}", ours[0] / loss.item(), 1.0, 1e-5)
-    pairs = list(_paired(config, ours[1], dict(model.named_parameters())))
-    scaled = [[tensor.ravel() / np.abs(b).max() for tensor in (a, b)] for a, b in pairs]
-    found, wanted = (np.concatenate(side) for side in zip(*scaled, strict=True))
-    agree(f"T5 gradients, {name}, each over its tensor's largest", found, wanted, 1e-4)
-
-
-def _paired(config, gradients, parameters):
-    """Our gradients and torch's, tensor by tensor, in PEFT's orientation."""
-    for path, module in gradients.items():
-        for layer, stored in enumerate(models.table(config)[path].names()):
-            stem = f"base_model.model.{stored.removesuffix('.weight')}"
-            match module:
-                case LoRA():
-                    for ours, theirs in ((module.a, "A"), (module.b, "B")):
-                        other = parameters[f"{stem}.lora_{theirs}.default.weight"].grad
-                        yield np.asarray(ours[layer].T), other.numpy()
-                case IA3():
-                    other = parameters[f"{stem}.ia3_l.default"].grad
-                    yield np.asarray(module.offset[layer]), other.numpy().reshape(-1)
+    theirs = model(**{n: torch.tensor(x).long() for n, x in given.items()}).loss
+    agree_on_gradients(f"T5, {name}", config, jax.jit(loss)(adapter), theirs, model)

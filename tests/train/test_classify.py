@@ -18,7 +18,6 @@ from lora_jax.tokens import load_tokenizer
 from train import run as run_file
 from train.batches import assemble, epoch_batches
 from train.classify import first_head, load_labelled, refuse_misfits
-from train.config import Config
 from train.data import plan_data
 from train.loss import batch_loss, batch_sums
 from train.record import read_metrics
@@ -49,25 +48,12 @@ def letters(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def config_of(classifier_folder, letters, tmp_path):
+@pytest.fixture(scope="session")
+def config_of(config_of, classifier_folder, letters):
     """A function from changes to the config of a short run on the letters."""
-    numbers = count()
-
-    def make(**changes) -> Config:
-        settings = {
-            "data": (letters,),
-            "out": tmp_path / f"out-{next(numbers)}",
-            "base": str(classifier_folder),
-            "length": 16,
-            "rank": 4,
-            "steps": 8,
-            "learning_rate": 1e-2,
-            "checkpoint_every": 0,
-        }
-        return Config(**settings | changes)
-
-    return make
+    settings = {"data": (letters,), "base": str(classifier_folder), "length": 16}
+    settings |= {"learning_rate": 1e-2, "checkpoint_every": 0}
+    return lambda **changes: config_of(**settings | changes)
 
 
 def test_examples_are_scored_at_their_first_token(config_of, tokenizer, write_rows):
@@ -250,7 +236,6 @@ def test_names_of_a_head_that_has_them_are_kept(classifier_folder, tmp_path, bas
 
 MESHES = """
 from pathlib import Path
-from train.config import Config
 from train.record import read_metrics
 from train.run import train
 

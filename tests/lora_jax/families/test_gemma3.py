@@ -132,6 +132,14 @@ def test_layers_are_listed_or_follow_a_pattern(config):
     assert models.config_from_huggingface(raw).local == (True, True, False) * 2 + LOCAL
 
 
+def test_what_a_config_leaves_unsaid_is_as_transformers_has_it(config):
+    raw = models.config_to_huggingface(config)
+    for key in ("max_position_embeddings", "sliding_window", "query_pre_attn_scalar"):
+        del raw[key]
+    found = models.config_from_huggingface(raw)
+    assert (found.context, found.window, found.query_scalar) == (131_072, 4096, 256)
+
+
 def test_configs_of_transformers_4_and_5_say_the_same(config):
     new = models.config_to_huggingface(replace(config, rope=Rope(8, 2e5, "linear", 4.0)))
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
@@ -147,14 +155,14 @@ def test_configs_of_transformers_4_and_5_say_the_same(config):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
-        ({"attention_bias": True}, "attention_bias = True is not supported"),
-        ({"hidden_activation": "silu"}, "hidden_activation = 'silu' is not supported"),
-        ({"sliding_window": None}, "sliding_window null is not supported"),
-        ({"layer_types": ["full_attention"]}, "is not 3 times sliding_attention or full_att"),
-        ({"layer_types": ["chunked_attention"] * 3}, "is not 3 times sliding_attention or"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported"),
+        ({"sliding_window": None}, "sliding_window is None"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 layers, not 3"),
+        ({"layer_types": ["chunked_attention"] * 3}, "a layer of type 'chunked_attention' is"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope scaling 'yarn'"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
          "rope scaling 'linear'"),

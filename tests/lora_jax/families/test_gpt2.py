@@ -142,5 +142,5 @@ def test_what_a_config_asks_in_vain_is_told_at_once(config):
         models.config_from_huggingface(raw, "there/config.json")
     message = str(caught.value)
     assert message.startswith("there/config.json: ")
-    for part in ("vocab_size is missing", "'mish'", "add_cross_attention", "into n_head 5 heads"):
+    for part in ("vocab_size is missing", "'mish'", "add_cross_attention", "into 5 heads (n_head)"):
         assert part in message

@@ -8,14 +8,28 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoint, models, table
-from lora_jax.families import gemma3, gpt2, phi
+from lora_jax.families import gemma3, gpt2, llama, phi, phi3
 from lora_jax.rope import Rope
 
+LLAMA = llama.Config("llama", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), tied=True)
 PHI = phi.Config(264, 32, 64, 2, 4, kv_heads=2, context=128, rope=Rope(4))
 GEMMA3 = gemma3.Config(
     264, 32, 64, 2, 4, 2, 8, 128, (True, False), Rope(8, 1e6), Rope(8), window=3, query_scalar=8
 )
 FAMILIES = {
+    "llama": LLAMA,
+    "llama, other options": replace(
+        LLAMA,
+        kind="qwen3",
+        eps=1e-5,
+        tied=False,
+        qkv_bias=True,
+        output_bias=True,
+        qk_norm=True,
+        window=3,
+        unwindowed=(0,),
+    ),
+    "phi3": phi3.Config(264, 32, 48, 2, 4, 2, 8, 128, Rope(4, 100.0), window=4),
     "gemma3": GEMMA3,
     "gemma3, other options": replace(
         GEMMA3, rope=Rope(8, 2e5, "linear", 8.0), query_scalar=12, eps=1e-5, tied=False

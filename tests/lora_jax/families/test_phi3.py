@@ -123,22 +123,6 @@ def test_a_text_takes_its_factors_by_its_length_whatever_is_beside_it(
     assert not np.allclose(hidden(never, weights, fused, long), alone[:, 6:], atol=0.01)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_step_by_step_through_the_cache_equals_the_whole(
-    config, random_weights, fused, hidden, random_tokens, window
-):
-    config = replace(config, window=window, rope=replace(config.rope, context=64))
-    weights, tokens = random_weights(config), random_tokens(2, 12)
-    step = jax.jit(lambda t, cache: models.forward(config, weights, fused, t, cache=cache))
-    cache, seen = models.new_cache(config, 2, 12), []
-    for start in range(0, 12, 4):
-        out = step(tokens[:, start : start + 4], cache)
-        cache = out.cache
-        seen.append(out.hidden)
-    whole = hidden(config, weights, fused, tokens)
-    np.testing.assert_allclose(jnp.concatenate(seen, 1), whole, atol=2e-5)
-
-
 def test_a_config_round_trips_through_json(config):
     plain = replace(config, rope=Rope(8), tied=True, window=9, eps=1e-6)
     for one in (config, plain):

@@ -1,6 +1,7 @@
 """A saved adapter to spoil, and the two ways to spoil it: its config, and its tensors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import peft
 from lora_jax.errors import InputError
-
-STEM = "base_model.model.model.layers"
+from lora_jax.families import t5
+from lora_jax.peft.settings import read_settings
 
 
 class Folder:
@@ -52,6 +53,12 @@ def saved(tmp_path, config, random_lora) -> Folder:
 
 
 @pytest.fixture
+def settings(saved):
+    """A function to the settings of that LoRA with some of them changed."""
+    return lambda **changes: replace(read_settings(saved.path), **changes)
+
+
+@pytest.fixture
 def folder(tmp_path, config):
     """A function that saves an adapter of the tiny model, or of another, in a folder to look at."""
 
@@ -60,6 +67,12 @@ def folder(tmp_path, config):
         return Folder(tmp_path / "made", of or config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def t5_config() -> t5.Config:
+    """A T5 of two layers in either stack."""
+    return t5.Config(264, 32, 48, encoder_layers=2, layers=2, heads=4, head_width=8)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ import time
 import pytest
 
 from lora_jax.errors import InputError
-from lora_jax.peft.patterns import matching
+from lora_jax.peft import patterns
+from lora_jax.peft.patterns import Patience, matching
 
 NAMES = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(12) for p in "qkvo"]
 
@@ -30,11 +31,30 @@ def test_a_match_gives_its_groups():
 
 
 @pytest.mark.parametrize("pattern", [r"(.|..|...)*[A-Z]", r"([a-z._\d]|[a-z._\d][a-z._\d])*[A-Z]"])
-def test_a_pattern_that_would_take_for_ever_is_given_up(pattern):
+def test_a_pattern_that_would_take_for_ever_is_given_up(monkeypatch, pattern):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
     began = time.monotonic()
-    with pytest.raises(InputError, match="takes over 1 s to match model"):
+    with pytest.raises(InputError, match="takes too long to match model"):
         matching(pattern, NAMES)
     assert time.monotonic() - began < 10
+
+
+def test_patterns_that_take_long_together_are_given_up(monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    patience = Patience()
+    slow = r"(?:[a-z._\d]|[a-z._\d][a-z._\d]){0,9}[A-Z]"
+    with pytest.raises(InputError, match="takes too long"):
+        for n in range(10_000):
+            matching(f"{slow}|{n}", NAMES, patience)
+    assert 0 < n < 9_999
+
+
+@pytest.mark.parametrize("pattern", ["q_prox{e<=1}", "q_pro{i}j", "{", r"a\{2\}", "a{}", "a{,}"])
+def test_a_brace_that_begins_no_count_is_refused(pattern):
+    """Where `re` reads a brace, `regex` reads "with at most one error"."""
+    with pytest.raises(InputError, match="has a brace that begins no count"):
+        matching(pattern, ["q_proj"])
+    assert set(matching("q{1}_{,2}p{1,}roj{1,3}", ["q_proj"])) == {"q_proj"}
 
 
 @pytest.mark.parametrize("pattern", ["((a{9999}){9999}){9999}", "(a{1,200}){200}", "a" * 5001])

@@ -2,17 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from lora_jax.peft.settings import read_settings
 from lora_jax.peft.targets import by_pattern, kept_whole, targeted
 
 LAYERS = [f"model.layers.{n}.{p}" for n in (0, 1, 11) for p in ("attn.q_proj", "mlp.up_proj")]
 MODULES = dict.fromkeys(LAYERS, True) | {"lm_head": False, "model.embed_tokens": False}
-
-
-@pytest.fixture
-def settings(saved):
-    """A function to the settings of an adapter with some of them changed."""
-    return lambda **changes: replace(read_settings(saved.path), **changes)
 
 
 @pytest.mark.parametrize(

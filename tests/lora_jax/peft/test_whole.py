@@ -76,30 +76,6 @@ def test_every_bias(folder, random_weights, biased, random_lora, equal):
         folder(some, biased)
 
 
-def test_what_is_stored_and_what_the_config_says_must_agree(folder, config, weights, random_lora):
-    made = folder(random_lora(config, targets=["q_proj"]) | kept(weights, "norm"))
-    made.edit(modules_to_save=None)
-    assert "model.norm.weight is stored, though neither modules_to_save nor" in made.refusal()
-    made.edit(modules_to_save=["model.norm", "lm_head"])
-    assert "lm_head.weight has no tensor, though modules_to_save" in made.refusal()
-    made.edit(modules_to_save=["norm"])  # as in PEFT the layers' norms end so too
-    assert "model.layers.0.input_layernorm.weight has no tensor" in made.refusal()
-
-
-def test_all_layers_or_none(folder, config, weights, random_lora):
-    made = folder(random_lora(config, targets=["q_proj"]) | kept(weights, "input_layernorm"))
-    name = "base_model.model.model.layers.1.input_layernorm.weight"
-    made.store({n: t for n, t in made.tensors.items() if n != name})
-    made.edit(modules_to_save=["layers.0.input_layernorm"])
-    assert "model.layers.1.input_layernorm.weight is not: all layers or none" in made.refusal()
-
-
-def test_a_whole_weight_of_another_vocabulary_is_refused(folder, config, weights, random_lora):
-    made = folder(random_lora(config, targets=["q_proj"]) | kept(weights, "embed"))
-    message = made.refusal(replace(config, vocabulary=300))
-    assert "model.embed_tokens.weight has shape (264, 32), the base (300, 32); if the" in message
-
-
 def test_a_tied_embedding_kept_for_both_is_kept_for_both(folder, config, weights, random_lora):
     made = folder(random_lora(config, targets=["q_proj"]) | kept(weights, "embed"))
     assert "unembed" not in made.load()
