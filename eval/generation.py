@@ -18,6 +18,7 @@ from lora_jax.errors import refuse_all
 from lora_jax.lengths import bucket
 from lora_jax.modules import Adapter
 from lora_jax.parts import Cache, Memory
+from lora_jax.per_example import of_rows, refuse_rows
 from lora_jax.progress import bar
 
 Array = jax.Array
@@ -183,15 +184,18 @@ def generate(
 ) -> list[list[int]]:
     """What follows each prompt, in tokens, without the `stop` that ends it.
 
+    An adapter of `compose.slots` has a row for each prompt: each runs under its own.
     Prompts of like length share a batch of about `tokens` tokens, the new ones included. An empty
     prompt gets an empty reply. `ended(n, reply)`, asked every few tokens, may end the reply to
     prompt n; what it has is kept. The progress bar is of what is `told`.
     """
-    model, replies = (config, weights, adapter), {}
+    refuse_rows(adapter, len(prompts))
+    replies: dict[int, list[int]] = {}
     how = {"sampling": replace(sampling, seed=0), "stop": stop}  # keys carry the seed, uncompiled
 
     def written(time: int, chosen: list[int]) -> tuple[list[int], Array]:
         """A batch's prompts, and what follows them."""
+        model = (config, weights, of_rows(adapter, chosen))
         state = _begin(*model, *_padded(prompts, chosen, time), _keys(sampling, chosen), **how)
         advance = partial(_advance, *model, **how)
         if ended is None:

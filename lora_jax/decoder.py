@@ -15,9 +15,11 @@ from flax import struct
 
 from lora_jax.dora import gain
 from lora_jax.errors import InputError
-from lora_jax.modules import Adapter, DoRA, LoRA, Module, Saved
+from lora_jax.modules import Adapter, DoRA, LoRA, Module, PerExample, Saved
 from lora_jax.parts import Cache, Memory, attend, attention_mask, put, whole_mask
+from lora_jax.per_example import looked_up
 from lora_jax.project import Dropout, project
+from lora_jax.quantize import dense
 from lora_jax.table import module_path
 
 Array = jax.Array
@@ -164,6 +166,8 @@ def learned_positions(table: Array, places: Places, first: int = 0) -> Array:
 def embed(kernel: Array, tokens: Array, module: Module | None) -> Array:
     """The embeddings (..., D) of tokens (...), under a LoRA or DoRA of the embedding."""
     x = kernel[tokens]
+    if isinstance(module, PerExample):
+        return x + looked_up(module, tokens).astype(x.dtype)
     if isinstance(module, LoRA | DoRA):
         x = x + (module.scale * module.a[tokens] @ module.b).astype(x.dtype)
     return x * gain(kernel, module).astype(x.dtype) if isinstance(module, DoRA) else x
@@ -187,7 +191,7 @@ def whole(weights: Mapping[str, Any], path: str, module: Saved) -> Array:
     stack, name = where(weights, path)
     inside = weights if stack is None else weights[stack]
     base = weights["embed"].T if path == "unembed" and path not in weights else inside[name]
-    return module.value + (1 - module.share) * base
+    return module.value + (1 - module.share) * dense(base, module.value.dtype)
 
 
 def replace_weights(weights: Mapping[str, Any], new: Mapping[str, Array]) -> dict[str, Any]:

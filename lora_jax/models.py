@@ -14,9 +14,11 @@ from lora_jax import table as tables
 from lora_jax.decoder import Observe, Output
 from lora_jax.errors import InputError
 from lora_jax.families import gemma3, gpt2, llama, phi, phi3, roberta, t5
+from lora_jax.fields import shown
 from lora_jax.merge import changed_by
-from lora_jax.modules import Adapter, Experts
+from lora_jax.modules import IA3, Adapter, Experts, PerExample
 from lora_jax.parts import Cache, Memory, empty_cache
+from lora_jax.per_example import refuse_rows
 from lora_jax.project import Dropout, project
 from lora_jax.table import Table
 
@@ -59,8 +61,13 @@ class Config(Protocol):
 def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The config of a Hugging Face `config.json`, whatever its family."""
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise InputError(f"{where}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    if kind not in tuple(FAMILIES):
+        raise InputError(f"{where}: model_type {shown(kind)} is not one of {', '.join(FAMILIES)}")
+    if raw.get("quantization_config") is not None:
+        raise InputError(
+            f"{where}: quantization_config: the weights are stored in few bits, which is not read; "
+            f"take the unquantized folder, with --quantize if memory is short"
+        )
     return FAMILIES[kind].config_from_huggingface(raw, where)
 
 
@@ -136,6 +143,7 @@ def forward(
     a layer in the backward pass instead of keeping its activations.
     """
     check_adapter(config, adapter)
+    refuse_rows(adapter, len(tokens))
     if (kind(config) == "encoder-decoder") != (memory is not None):
         need = "need the" if memory is None else "take no"
         raise InputError(f"{kind(config)} models {need} memory of a source (models.encode)")
@@ -175,6 +183,7 @@ def encode(
     if kind(config) != "encoder-decoder":
         raise InputError(f"{kind(config)} models have no encoder to read a source with")
     check_adapter(config, adapter)
+    refuse_rows(adapter, len(source))
     return encoder.encode(
         family(config),
         config,
@@ -189,13 +198,18 @@ def encode(
 
 
 def check_adapter(config: Config, adapter: Adapter) -> None:
-    """Refuses an adapter with a module that this model has no place for."""
+    """Refuses an adapter with a module that this model has no place for, or no use."""
     known = {"embed", "unembed", *map(tables.module_path, table(config))}
     known -= {"unembed"} if kind(config) == "classifier" else set()
     lost = [path for path in adapter if path not in known]
     if lost:
         has = ", ".join(projections(config))
         raise InputError(f"no projection {', '.join(lost)} for a module; this model has {has}")
+    if isinstance(module := adapter.get("embed"), IA3 | Experts):
+        raise InputError(
+            f"embed: the embedding takes LoRA, DoRA or a whole weight; "
+            f"leave this {type(module).__name__} out"
+        )
 
 
 @struct.dataclass
@@ -217,6 +231,10 @@ def unembedding(config: Config, weights: Mapping[str, Any], adapter: Adapter) ->
     bias, module = changed.get("unembed.bias"), adapter.get("unembed")
     if isinstance(module, Experts):
         raise InputError("the unembedding cannot be routed; leave lm_head out of the library")
+    if isinstance(module, PerExample):
+        raise InputError(
+            "the unembedding is one for all rows; leave lm_head out of adapters that share a batch"
+        )
     if module is not None:
         kernel, bias = changed_by("unembed", module, kernel, bias)
     return Unembedding(kernel, bias)

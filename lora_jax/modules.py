@@ -3,6 +3,8 @@
 import math
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -55,18 +57,24 @@ class IA3:
 
 @struct.dataclass
 class Experts:
-    """A library of LoRA modules at one projection, mixed token by token (Arrow).
+    """A library of LoRA modules at one projection, mixed token by token, or as `shares` say.
 
     Scales are folded into `b`. `mixing` is "outputs" (PEFT: mix the experts' outputs) or "factors"
-    (MTTL and the GenKnowSub code: mix `a` and `b`, then multiply).
+    (MTTL and the GenKnowSub code: mix `a` and `b`, then multiply). Just one of `prototypes`,
+    `spectrum` and `shares` is there; `lora_jax.routing` says how each routes.
     """
 
     a: jax.Array  # (..., M, I, R)
     b: jax.Array  # (..., M, R, O)
-    prototypes: jax.Array  # (..., M, I), unit vectors
+    prototypes: jax.Array | None = None  # (..., M, I), compared with tokens
     top_k: int = struct.field(pytree_node=False, default=3)
     temperature: float = struct.field(pytree_node=False, default=1.0)
     mixing: str = struct.field(pytree_node=False, default="outputs")
+    score: str = struct.field(pytree_node=False, default="absolute")  # or "signed"
+    inputs: str = struct.field(pytree_node=False, default="raw")  # or "unit", "standard"
+    weighting: str = struct.field(pytree_node=False, default="softmax")  # or "uniform", "sigmoid"
+    spectrum: jax.Array | None = None  # (..., M, R), how each rank of x·a counts in a score
+    shares: jax.Array | None = None  # (..., M), or (..., B, M) by example: the weights themselves
 
 
 @struct.dataclass
@@ -82,7 +90,20 @@ class Saved:
     share: jax.Array | None = None  # (...), 1 unless given: `value` takes the weight's place
 
 
-Module = LoRA | DoRA | IA3 | Experts | Saved
+@struct.dataclass
+class PerExample:
+    """Slots that hold modules of one projection, and the slot whose modules each row runs under.
+
+    A slot has one module in every part, all of which apply; a part's zeros are its identity, so a
+    slot that needs one kind has zeros in the others, and one of zeros alone is the base. A row
+    whose slot does not exist turns to NaN. `compose.slots` makes them.
+    """
+
+    parts: tuple["LoRA | DoRA | IA3 | Experts", ...]  # leaves (..., S, the module's own axes)
+    rows: jax.Array  # (..., B), a slot for each row of a batch
+
+
+Module = LoRA | DoRA | IA3 | Experts | Saved | PerExample
 Adapter = Mapping[str, Module]  # keyed by the projection's path in a layer: "self_attn.q_proj"
 
 # A projection's path to its sizes: (layers, in, out), or (in, out) where there is just one.
@@ -151,6 +172,17 @@ def init_ia3(shapes: Shapes, sides: Mapping[str, str]) -> dict[str, IA3]:
         return IA3(jnp.zeros((*lead, size), jnp.float32), sides[path])
 
     return {path: one(path) for path in resolve_targets(sides, shapes)}
+
+
+Ranked = TypeVar("Ranked", bound=LoRA | DoRA)
+
+
+def fold_scale(module: Ranked) -> Ranked:
+    """The same delta with `scale` moved into `b` and `bias`."""
+    b = (module.scale * module.b).astype(module.b.dtype)
+    bias = getattr(module, "bias", None)
+    more = {} if bias is None else {"bias": module.scale * bias}
+    return replace(module, b=b, scale=1.0, **more)
 
 
 def describe(adapter: Adapter) -> str:

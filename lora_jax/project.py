@@ -1,13 +1,15 @@
 """The one place where a module changes a projection; model files never know which module it is."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from lora_jax.dora import gain
-from lora_jax.modules import IA3, DoRA, Experts, LoRA, Module
+from lora_jax.modules import IA3, DoRA, Experts, LoRA, Module, PerExample
+from lora_jax.per_example import own
 from lora_jax.quantize import dense
 from lora_jax.routing import routed
 
@@ -51,9 +53,41 @@ def changed(
 
     A user's own layer is such a projection, with a bias, a precision and a type of its own.
     """
-    if isinstance(module, IA3) and module.on == "input":
-        x = x * _factor(module, x)
+    if isinstance(module, PerExample):
+        return _changed_by_row(plain, x, kernel, module, dropout)
+    x = _entering(x, module)
+    return _leaving(plain(x), x, module, dropout, kernel)
+
+
+def _changed_by_row(
+    plain: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    module: PerExample,
+    dropout: Dropout | None,
+) -> jax.Array:
+    """What `plain` gives for all rows of x (B, ..., I) at once, each changed by its own modules."""
+    parts = own(module)
+    drops = dropout and Dropout(jax.random.split(dropout.key, len(x)), dropout.rate)
+    for part in parts:
+        x = jax.vmap(_entering)(x, part)
     y = plain(x)
+    for part in parts:
+        y = jax.vmap(partial(_leaving, kernel=kernel))(y, x, part, drops)
+    return y
+
+
+def _entering(x: jax.Array, module: Module | None) -> jax.Array:
+    """A projection's input (..., I) as its module lets it in."""
+    if isinstance(module, IA3) and module.on == "input":
+        return x * _factor(module, x)
+    return x
+
+
+def _leaving(
+    y: jax.Array, x: jax.Array, module: Module | None, dropout: Dropout | None, kernel: jax.Array
+) -> jax.Array:
+    """A projection's output y (..., O) for x (..., I), with what its module makes of it."""
     match module:
         case None | IA3(on="input"):
             return y

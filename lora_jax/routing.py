@@ -1,14 +1,23 @@
 """Routing tokens between the modules of a library, at one projection.
 
-Arrow: Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
-section 3.2. `compose.arrow` builds the prototypes; this file applies them.
+What an expert scores for a token x (`compose.routing` builds each, docs/routing.md has the papers):
+
+    prototypes  |x·p| (score "absolute": Arrow) or x·p ("signed": gates, mean activations), over
+                ‖x‖ (inputs "unit") or over the deviation of x's features ("standard")
+    spectrum    ‖(x·a) ∘ s‖, over the expert's ranks (SpectR)
+
+The best `top_k` are weighted by a softmax of score / temperature, or evenly ("uniform"); a
+"sigmoid" weighs every expert by itself. `shares` are weights given beforehand.
 """
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from lora_jax import selected
 from lora_jax.modules import Experts
+
+_EPS = 1e-6  # below any length or deviation of a token that says something
 
 
 def route(x: jax.Array, prototypes: jax.Array, top_k: int, temperature: float = 1.0) -> jax.Array:
@@ -17,13 +26,119 @@ def route(x: jax.Array, prototypes: jax.Array, top_k: int, temperature: float = 
     `x` is (..., I) and not normalised; `prototypes` is (M, I). Alignment is |x·p|, unsigned because
     a singular vector's sign is arbitrary. Modules that tie for the last place all take part.
     """
-    return _mixed(jnp.einsum("...I,MI->...M", x, prototypes.astype(x.dtype)), top_k, temperature)
+    alignment = jnp.einsum(
+        "...I,MI->...M", x, prototypes.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return _over_best(jnp.abs(alignment), top_k, temperature)
 
 
-def _mixed(alignment: jax.Array, top_k: int, temperature: float) -> jax.Array:
-    """Mixing weights (..., M) in float32 from each token's x·p."""
-    logits = jnp.abs(alignment).astype(jnp.float32)
-    return jax.nn.softmax(logits / temperature, where=logits >= _kth_largest(logits, top_k))
+def mixture(x: jax.Array, experts: Experts) -> jax.Array:
+    """Each token's mixing weights (..., M) in float32, over all experts, for x (..., I).
+
+    Modules that tie for the last place all take part.
+    """
+    return _weights(x, experts, *_products(x, experts, every=False))
+
+
+def routed(x: jax.Array, experts: Experts) -> jax.Array:
+    """What the experts add to a projection's output (..., O), mixed for each token of x (..., I).
+
+    "outputs" mixing is Σ wₑ x aₑ bₑ, "factors" (Σ wₑ aₑ)(Σ wₑ bₑ). In a large library only the
+    experts that were chosen are computed, where `selected.worthwhile` says so.
+    """
+    few = selected.worthwhile(x.shape, experts)
+    return chosen_experts(x, experts) if few else all_experts(x, experts)
+
+
+def all_experts(x: jax.Array, experts: Experts) -> jax.Array:
+    """`routed` in two thin products: x times all a's, scaled by the weights, times all b's stacked.
+
+    The array (tokens, M, O) never exists. To mix factors, the ranks are summed between the two.
+    """
+    dots, inner = _products(x, experts, every=True)
+    assert inner is not None
+    weights = _weights(x, experts, dots, inner).astype(x.dtype)[..., None]
+    if experts.mixing == "factors":
+        inner = jnp.sum(inner * weights, axis=-2, keepdims=True)
+    b = rearrange(experts.b, "M R O -> (M R) O").astype(x.dtype)
+    return rearrange(inner * weights, "... M R -> ... (M R)") @ b
+
+
+def chosen_experts(x: jax.Array, experts: Experts) -> jax.Array:
+    """`routed` with the factors of each token's `top_k` experts alone.
+
+    Of modules that tie for the last place, those that come first take part, not all.
+    """
+    dots, inner = _products(x, experts, every=False)
+    return selected.mixed(x, experts, *_chosen(x, experts, dots, inner), inner)
+
+
+def _products(
+    x: jax.Array, experts: Experts, *, every: bool
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """x·prototypes (..., M) in float32, if there are any, and x·a (..., M, R).
+
+    The latter is None where neither the scores need it nor `every` expert is asked for.
+    """
+    count, _, rank = experts.a.shape
+    columns = [] if experts.prototypes is None else [experts.prototypes.T]
+    if inside := every or experts.spectrum is not None:
+        columns.append(rearrange(experts.a, "M I R -> I (M R)"))
+    if not columns:
+        return None, None
+    # Prototypes and a's meet x in one product: thin ones cost by their number, not their width.
+    # Its sums stay in float32, or bfloat16 would make ties where there are none.
+    thin = jnp.concatenate(columns, axis=1).astype(x.dtype)
+    both = jnp.matmul(x, thin, preferred_element_type=jnp.float32)
+    dots = None if experts.prototypes is None else both[..., :count]
+    inner = rearrange(both[..., -count * rank :], "... (M R) -> ... M R", M=count)
+    return dots, inner.astype(x.dtype) if inside else None
+
+
+def _scores(
+    x: jax.Array, experts: Experts, dots: jax.Array | None, inner: jax.Array | None
+) -> jax.Array:
+    """Each expert's score (..., M) for each token of x (..., I), in float32."""
+    if experts.spectrum is not None:
+        assert inner is not None
+        return _length(inner.astype(jnp.float32) * experts.spectrum)
+    assert dots is not None
+    wide = x.astype(jnp.float32)
+    if experts.inputs == "unit":
+        dots = dots / jnp.maximum(_length(wide), _EPS)[..., None]
+    elif experts.inputs == "standard":  # the prototypes are centred, and so x need not be
+        dots = dots * jax.lax.rsqrt(jnp.var(wide, axis=-1, keepdims=True) + _EPS)
+    return jnp.abs(dots) if experts.score == "absolute" else dots
+
+
+def _length(x: jax.Array) -> jax.Array:
+    """The norm of the last axis, with a gradient of zero at zero."""
+    square = jnp.sum(jnp.square(x), axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _weights(
+    x: jax.Array, experts: Experts, dots: jax.Array | None, inner: jax.Array | None
+) -> jax.Array:
+    """Mixing weights (..., M) over all experts, from what `_products` gave."""
+    if experts.shares is not None:
+        shares = experts.shares.astype(jnp.float32)
+        if shares.ndim == 2:
+            shares = jnp.expand_dims(shares, range(1, x.ndim - 1))
+        return jnp.broadcast_to(shares, (*x.shape[:-1], shares.shape[-1]))
+    scores = _scores(x, experts, dots, inner)
+    if experts.weighting == "sigmoid":
+        return jax.nn.sigmoid(scores / experts.temperature)
+    even = experts.weighting == "uniform"
+    return _over_best(scores, experts.top_k, experts.temperature, even=even)
+
+
+def _over_best(
+    scores: jax.Array, top_k: int, temperature: float, *, even: bool = False
+) -> jax.Array:
+    """A softmax (..., M) over the `top_k` largest scores, or the same weight for each of them."""
+    best = scores >= _kth_largest(scores, top_k)
+    return jax.nn.softmax(jnp.zeros_like(scores) if even else scores / temperature, where=best)
 
 
 def _kth_largest(logits: jax.Array, k: int) -> jax.Array:
@@ -38,21 +153,23 @@ def _kth_largest(logits: jax.Array, k: int) -> jax.Array:
     return floor
 
 
-def routed(x: jax.Array, experts: Experts) -> jax.Array:
-    """What the experts add to a projection's output (..., O), mixed for each token of x (..., I).
+def _chosen(
+    x: jax.Array, experts: Experts, dots: jax.Array | None, inner: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The numbers and weights (..., K) of just `top_k` experts; ties go to the first of them."""
+    if experts.shares is not None:
+        weights, index = _largest(experts.shares.astype(jnp.float32), experts.top_k)
+        return index, weights
+    best, index = _largest(_scores(x, experts, dots, inner), experts.top_k)
+    if experts.weighting == "uniform":
+        return index, jnp.full_like(best, 1 / experts.top_k)
+    return index, jax.nn.softmax(best / experts.temperature)
 
-    "outputs" mixing is Σ wₑ x aₑ bₑ in two thin products: x times all a's, scaled by the weights,
-    times all b's stacked. The array (tokens, M, O) never exists. "factors" is
-    (Σ wₑ aₑ)(Σ wₑ bₑ): the same two products with the ranks summed between them.
+
+def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of the last axis and where they are, found once.
+
+    XLA would merge their slices with those of blocks of tokens, and then sort all of the scores: a
+    CPU takes ten times as long over 1,000 experts.
     """
-    count, rank = experts.a.shape[-3], experts.a.shape[-1]
-    a = rearrange(experts.a, "M I R -> I (M R)")
-    b = rearrange(experts.b, "M R O -> (M R) O").astype(x.dtype)
-    # Prototypes and a's meet x in one product: thin ones cost by their number, not their width.
-    both = x @ jnp.concatenate([experts.prototypes.T, a], axis=1).astype(x.dtype)
-    weights = _mixed(both[..., :count], experts.top_k, experts.temperature).astype(x.dtype)
-    inner = both[..., count:]
-    if experts.mixing == "factors":
-        inner = rearrange(inner, "... (M R) -> ... M R", M=count) * weights[..., None]
-        inner = jnp.tile(inner.sum(-2), count)
-    return (inner * jnp.repeat(weights, rank, axis=-1)) @ b
+    return jax.lax.optimization_barrier(jax.lax.top_k(scores, k))

@@ -112,6 +112,13 @@ def test_a_missing_an_unexpected_and_a_misshapen_tensor_are_told_at_once(folder,
     assert "model.norm.weight has shape (5,), not (32,)" in message
 
 
+def test_a_tensor_of_other_than_plain_numbers_is_refused(folder, config):
+    name = "model.norm.weight"
+    store(folder, tensors_of(folder) | {name: np.ones(32, np.int8)})
+    told = f"{folder}: {name} is I8, not one of F16, BF16, F32, F64: give weights that were not"
+    assert told in refusal(folder, config)
+
+
 def test_a_tensor_stored_twice_is_refused(folder, config):
     first, second = halves(tensors_of(folder))
     names = shard(folder, first, second | dict(list(first.items())[:1]))

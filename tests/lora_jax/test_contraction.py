@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.contraction import along, einsum
-from lora_jax.modules import LoRA
+from lora_jax.contraction import along, einsum, refuse_misfits
+from lora_jax.errors import InputError
+from lora_jax.modules import DoRA, LoRA
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 
@@ -21,6 +22,18 @@ def agrees(how, call, x, kernel, shape):
     merged, _ = how.merged("here", module, kernel, None)
     got = how.changed(lambda x: call(x, kernel), x, kernel, "here", module)
     np.testing.assert_allclose(got, call(x, merged), rtol=1e-4, atol=1e-3)
+
+
+ROWS = [LoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), 1.0, jnp.ones(4))]
+ROWS += [DoRA(jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.ones(4))]
+
+
+@pytest.mark.parametrize("module", ROWS)
+def test_a_row_of_another_width_has_no_place(module):
+    refuse_misfits({"here": module}, {"here": (3, 4)})
+    wide = jax.tree.map(lambda leaf: leaf if leaf.ndim == 2 else jnp.ones(1), module)
+    with pytest.raises(InputError, match=r"here is \(3, 4\), and its .* holds .*\(1,\)"):
+        refuse_misfits({"here": wide}, {"here": (3, 4)})
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def test_positions_count_within_each_text():
     assert (place(segments[:, 4:], segments[:, 4:], None, cache).positions == found[:, 4:]).all()
 
 
+def test_a_position_counts_on_from_the_cached_end_of_its_row(config):
+    cache = models.new_cache(config, 2, 8)
+    seen = cache.segments.at[0, :4].set(1).at[1, :2].set(1)
+    cache = cache.replace(segments=seen, used=jnp.asarray(4))
+    segments = jnp.asarray([[1, 1, 0], [0, 1, 1]])
+    positions = place(segments, segments, None, cache).positions
+    assert positions.tolist()[0][:2] == [4, 5]
+    assert positions.tolist()[1][1:] == [2, 3]
+
+
 def test_only_whole_rows_have_a_length_that_is_known():
     tokens = jnp.zeros((2, 5), jnp.int32)
     assert place(tokens, None, None, None).longest == 5

@@ -1,6 +1,6 @@
 import pytest
 
-from lora_jax.errors import InputError, refuse_all
+from lora_jax.errors import InputError, nearest, refuse_all
 
 
 def test_no_problem_is_no_error():
@@ -20,3 +20,9 @@ def test_a_long_list_is_cut_and_counted():
 
 def test_a_bad_input_is_a_value_error():
     assert issubclass(InputError, ValueError)
+
+
+def test_a_remedy_is_the_nearest_name_or_all_there_are():
+    assert nearest("tiez", ["mean", "ties"]) == "did you mean ties?"
+    assert nearest("xyz", iter(["mean", "ties"])) == "there are mean, ties"
+    assert nearest("xyz", []) == "there are none"

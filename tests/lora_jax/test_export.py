@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax import bases, checkpoint, export, models
 from lora_jax.errors import InputError
-from lora_jax.files import read_json
+from lora_jax.files import read_json, write_json
 from lora_jax.modules import LoRA, Saved
 
 
@@ -69,6 +69,18 @@ def test_the_bases_type_is_kept(tmp_path, base, config, random_lora):
     export.save_merged(tmp_path / "out", str(base), random_lora(config))
     with checkpoint.open_safetensors(tmp_path / "out" / "model.safetensors") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("told", "kept"), [("torch.bfloat16", "BF16"), ("auto", None), (8, None)])
+def test_a_type_is_read_as_transformers_spells_it_or_refused(tmp_path, base, told, kept):
+    write_json(base / "config.json", read_json(base / "config.json") | {"dtype": told})
+    if kept is None:
+        with pytest.raises(InputError, match=f"dtype {told!r} is none of float32, bfloat16, floa"):
+            export.save_merged(tmp_path / "merged", str(base), {})
+        return
+    export.save_merged(tmp_path / "merged", str(base), {})
+    with checkpoint.open_safetensors(tmp_path / "merged" / "model.safetensors") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {kept}  # noqa: SIM118
 
 
 def test_one_embedding_that_is_scaled_is_not_parted(tmp_path, t5_folder, monkeypatch):

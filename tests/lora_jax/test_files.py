@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -31,6 +32,48 @@ def test_a_block_that_fails_keeps_what_it_would_have_overwritten(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
+
+
+@pytest.mark.parametrize("interruption", [OSError("a full disk"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moves", [0, 1])
+def test_what_was_to_be_replaced_comes_back(tmp_path, monkeypatch, interruption, moves):
+    """The old folder is moved aside and the new one into its place; either may be cut off."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("old")
+    done, move = [], os.replace
+
+    def cut_off(*paths):
+        if len(done) == moves:
+            done.append(paths)
+            raise interruption
+        done.append(paths)
+        move(*paths)
+
+    monkeypatch.setattr(files.os, "replace", cut_off)
+    with pytest.raises(type(interruption)), files.new_folder(tmp_path / "out", True) as scratch:
+        (scratch / "config.json").write_text("new")
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_but_the_folder_itself_is_replaced(tmp_path, monkeypatch, overwrite):
+    """Not even what has the name under which an old folder might have been kept."""
+    monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter("abcdef"))
+    (tmp_path / ".out.a.old").mkdir()
+    (tmp_path / ".out.old").mkdir()
+    if overwrite:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("old")
+    with files.new_folder(tmp_path / "out", overwrite):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".out.a.old", ".out.old", "out"}
+
+
+def test_texts_are_written_as_they_are_and_all_else_as_json(tmp_path):
+    files.write_beside(tmp_path, {"a.svg": "<svg/>", "b.json": {"x": ["ü"]}})
+    assert (tmp_path / "a.svg").read_text() == "<svg/>"
+    assert files.read_json(tmp_path / "b.json") == {"x": ["ü"]}
 
 
 def test_a_full_folder_is_refused_or_replaced_whole(tmp_path):
@@ -129,6 +172,8 @@ def test_json_round_trips_and_has_no_place_for_nan(tmp_path):
         (None, "does not exist"),
         (b'{"a": 1,', "is not valid JSON: .*line 1 column"),
         (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 200_000, "is not valid JSON: maximum recursion depth"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON: .*digits"),
         (b"[1]", "must hold a JSON object; it holds a list"),
     ],
 )

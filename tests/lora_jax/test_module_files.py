@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import InputError
 from lora_jax.files import folder_digest
@@ -64,6 +65,14 @@ def test_a_record_that_is_amiss_is_refused_by_name(tmp_path, path, change, words
     record["modules"][path] = record["modules"].get(path, {}) | change
     (tmp_path / "out/modules.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=words):
+        load_modules(tmp_path / "out")
+
+
+def test_tensors_of_other_than_plain_numbers_are_refused(tmp_path):
+    save_modules(tmp_path / "out", {"up": LoRA(A, B)})
+    path = tmp_path / "out" / "modules.safetensors"
+    save_file({name: value.astype(np.int8) for name, value in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=r"modules\.safetensors: up\.a is I8, not one of F16"):
         load_modules(tmp_path / "out")
 
 

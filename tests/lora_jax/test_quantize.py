@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from lora_jax import checkpoint, models, quantize
+from lora_jax.decoder import with_saved
 from lora_jax.errors import InputError
 from lora_jax.merge import merge
+from lora_jax.modules import Saved
 from lora_jax.quantize import BLOCK, LEVELS, dense, quantized
 
 
@@ -96,6 +98,15 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_kernels(
     wanted = hidden(config, quantize.dequantized(few), adapter, random_tokens(2, 7))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert quantize.stored_bytes(few) < quantize.stored_bytes(weights)
+
+
+def test_a_share_of_a_projection_leaves_a_quantized_base_the_rest(weights):
+    few = in_few_bits(weights, "nf4")
+    kernel = weights["layers"]["mlp.up_proj"]
+    half = Saved(0.5 * kernel, jnp.array(0.5))
+    changed, _ = with_saved(few, {"mlp.up_proj": half})
+    held = dense(few["layers"]["mlp.up_proj"], jnp.float32)
+    np.testing.assert_allclose(changed["layers"]["mlp.up_proj"], (kernel + held) / 2, atol=1e-6)
 
 
 def test_gradients_reach_an_adapter_through_quantized_kernels(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_jax.modules import Experts
-from lora_jax.routing import route, routed
+from lora_jax.routing import mixture, route, routed
 
 COUNT, IN, OUT, RANK = 12, 16, 10, 3
 KEYS = jax.random.split(jax.random.key(1), 4)
@@ -107,3 +107,81 @@ def test_bfloat16_tokens_route_in_float32():
     experts = library()
     assert route(X.astype(jnp.bfloat16), experts.prototypes, 3).dtype == jnp.float32
     assert routed(X.astype(jnp.bfloat16), experts).dtype == jnp.bfloat16
+
+
+def reference(x, experts):
+    """Every form of routing, token by token, in float64."""
+    x = np.asarray(x, np.float64)
+    a, b = np.asarray(experts.a, np.float64), np.asarray(experts.b, np.float64)
+    if experts.spectrum is not None:
+        inner = np.einsum("I,MIR->MR", x, a) * np.asarray(experts.spectrum, np.float64)
+        scores = np.sqrt((inner**2).sum(-1))
+    else:
+        scale = {"raw": 1.0, "unit": np.linalg.norm(x), "standard": x.std()}[experts.inputs]
+        scores = np.asarray(experts.prototypes, np.float64) @ x / scale
+        scores = np.abs(scores) if experts.score == "absolute" else scores
+    if experts.weighting == "sigmoid":
+        weights = 1 / (1 + np.exp(-scores))
+    else:
+        best = np.argsort(-scores)[: experts.top_k]
+        weights = np.zeros(len(scores))
+        heat = 0 * scores if experts.weighting == "uniform" else scores / experts.temperature
+        weights[best] = np.exp(heat[best]) / np.exp(heat[best]).sum()
+    if experts.mixing == "outputs":
+        return weights, np.einsum("M,I,MIR,MRO->O", weights, x, a, b)
+    return weights, x @ np.einsum("M,MIR->IR", weights, a) @ np.einsum("M,MRO->RO", weights, b)
+
+
+FORMS = {
+    "raw": {},
+    "unit": {"inputs": "unit", "temperature": 0.2},
+    "standard": {"inputs": "standard", "score": "signed", "temperature": 4.0},
+    "even": {"weighting": "uniform"},
+    "gates": {"weighting": "sigmoid", "score": "signed", "top_k": 1},
+    "spectrum": {"prototypes": None, "spectrum": jnp.abs(library().b[..., 0])},
+    "even spectrum": {
+        "prototypes": None,
+        "spectrum": jnp.abs(library().b[..., 0]),
+        "weighting": "uniform",
+    },
+}
+
+
+@pytest.mark.parametrize("mixing", ["outputs", "factors"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_what_its_formula_says(form, mixing):
+    experts = library(mixing=mixing).replace(**FORMS[form])
+    found, weights = routed(X, experts), mixture(X, experts)
+    want = [[reference(x, experts) for x in row] for row in X]
+    np.testing.assert_allclose(weights, [[w for w, _ in row] for row in want], atol=1e-5)
+    np.testing.assert_allclose(found, [[y for _, y in row] for row in want], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixing", ["outputs", "factors"])
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["for all", "by example"])
+def test_given_weights_mix_as_they_are(lead, mixing):
+    shares = jax.random.uniform(KEYS[0], (*lead, COUNT))
+    experts = library(mixing=mixing).replace(prototypes=None, shares=shares, top_k=COUNT)
+    rows = np.broadcast_to(shares, (2, COUNT)) if not lead else shares
+    np.testing.assert_allclose(mixture(X, experts), np.repeat(rows[:, None], 7, 1), rtol=1e-6)
+    for row, x, y in zip(rows, X, routed(X, experts), strict=True):
+        if mixing == "outputs":
+            want = np.einsum("M,TI,MIR,MRO->TO", row, x, experts.a, experts.b)
+        else:
+            a, b = (np.einsum("M,M...->...", row, leaf) for leaf in (experts.a, experts.b))
+            want = x @ a @ b
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_spectrum_has_finite_gradients_where_a_module_is_nothing():
+    experts = library(mixing="outputs").replace(**FORMS["spectrum"])
+    experts = experts.replace(a=experts.a.at[0].set(0), b=experts.b.at[0].set(0), top_k=COUNT)
+    found = jax.grad(lambda x: jnp.sum(routed(x, experts) ** 2))(X)
+    assert jnp.isfinite(found).all() and found.any()
+
+
+def test_sums_of_bfloat16_tokens_make_no_ties():
+    # In bfloat16 itself, 256 and 256.5 are one number.
+    prototypes = jnp.eye(4)[:3] + jnp.eye(4)[3] * jnp.array([[0.0], [1.0], [0.0]])
+    x = jnp.array([256.0, 256.0, 0.0, 0.5], jnp.bfloat16)
+    assert (route(x, prototypes, 1) == jnp.array([0, 1, 0])).all()

