@@ -1,0 +1,69 @@
+"""The merging methods as functions that an expression may call: ties(a, b, density=0.3)."""
+
+from collections.abc import Callable
+from inspect import Parameter, Signature, getdoc
+from typing import Any, get_args
+
+from compose.arithmetic import Space
+from compose.library import Library, join
+from compose.merging.elementwise import ELEMENTWISE
+from compose.merging.merge import Errors, merge
+from compose.merging.methods import METHODS, draws, function_of, options_of
+from lora_jax.modules import Adapter
+
+Merging = Callable[..., tuple[Adapter, Errors]]
+List = tuple[float, ...] | None
+WORDS = (float, int, str, bool)  # what an expression can write
+
+
+def _options(method: str) -> dict[str, Parameter]:
+    """A method's options as an expression gives them: where a number may be traced, a number."""
+    found = options_of(method)
+    if "inner" in found:
+        found = {n: p for name in ELEMENTWISE for n, p in options_of(name).items()} | found
+        found.pop("fishers")
+    plain = {n: [kind for kind in WORDS if kind in _kinds(p)] for n, p in found.items()}
+    return {
+        name: option.replace(annotation=_optional(plain[name][0], option.default))
+        for name, option in found.items()
+        if plain[name]
+    }
+
+
+def _kinds(option: Parameter) -> tuple[Any, ...]:
+    return get_args(option.annotation) or (option.annotation,)
+
+
+def _optional(kind: type, default: Any) -> Any:
+    return kind | None if default is None else kind
+
+
+def _function(method: str) -> Merging:
+    """A method as a function of libraries, whose signature says all that it takes."""
+
+    def joined(*modules: Library, space: Space, **options: Any) -> tuple[Adapter, Errors]:
+        """The modules merged, and what bringing them down to a rank lost."""
+        return merge(join(modules).adapters, method, space=space, **options)
+
+    merged: Any = joined
+    more: dict[str, tuple[Any, Any]] = {"weights": (List, None), "rank": (int | None, None)}
+    if draws(method) or "inner" in options_of(method):
+        more["seed"] = (int, 0)
+    keywords = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in more.items()
+    ]
+    shown = [
+        Parameter("modules", Parameter.VAR_POSITIONAL, annotation=Library),
+        *_options(method).values(),
+        *keywords,
+        Parameter("space", Parameter.KEYWORD_ONLY, annotation=Space),
+    ]
+    merged.__name__ = method
+    merged.__doc__ = getdoc(function_of(method))
+    merged.__signature__ = Signature(shown)
+    return merged
+
+
+# Fisher information is no word or number: such a merge is for Python.
+MERGING: dict[str, Merging] = {m: _function(m) for m in METHODS if "fishers" not in options_of(m)}

@@ -1,0 +1,79 @@
+"""A merging function run over a projection's layers, one after another."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compose.merging.members import Members
+from compose.merging.truncate import truncated
+from compose.weights import Weight
+
+Array = jax.Array
+Function = Callable[..., Any]
+
+
+def by_layer(
+    function: Function,
+    members: Members,
+    weights: Sequence[Weight],
+    lead: tuple[int, ...],
+    *,
+    key: Array | None,
+    options: Mapping[str, Any],
+    fishers: Members | None = None,
+    rank: int | None = None,
+) -> Any:
+    """What `function` makes of members (M, *lead, ...), layer by layer: leaves (*lead, ...).
+
+    `weights` are one a member, () or (*lead) each. With a `rank`, the tensor of each layer is
+    brought down to it at once: (a, b, error). The `key` of a layer is folded with its number.
+    """
+    layers = prod(lead)
+    columns = [jnp.broadcast_to(jnp.asarray(w, jnp.float32), lead).ravel() for w in weights]
+    members, fishers = jax.tree.map(partial(_layers_first, lead=lead), (members, fishers))
+    fixed = {name: v for name, v in options.items() if not isinstance(v, jax.Array)}
+    traced = {name: v for name, v in options.items() if name not in fixed}
+    found = _run(
+        function,
+        rank,
+        tuple(sorted(fixed.items())),
+        traced,
+        key,
+        (jnp.arange(layers), members, fishers, jnp.stack(columns, axis=1)),
+    )
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+
+
+def _layers_first(x: Array, lead: tuple[int, ...]) -> Array:
+    """(M, *lead, ...) as (L, M, ...)."""
+    return jnp.swapaxes(x.reshape(len(x), prod(lead), *x.shape[1 + len(lead) :]), 0, 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    function: Function,
+    rank: int | None,
+    fixed: tuple[tuple[str, Any], ...],
+    traced: dict[str, Array],
+    key: Array | None,
+    layers: tuple,
+) -> Any:
+    """`function` of every layer, compiled once for a projection's shapes."""
+
+    def one(layer: tuple) -> Any:
+        """One layer's result."""
+        number, members, fishers, weights = layer
+        options = dict(fixed) | traced
+        if key is not None:
+            options["key"] = jax.random.fold_in(key, number)
+        if fishers is not None:
+            options["fishers"] = fishers
+        with jax.default_matmul_precision("highest"):
+            found = function(members, weights, **options)
+        return found if rank is None else truncated(found, rank)
+
+    return jax.lax.map(one, layers)

@@ -1,0 +1,95 @@
+"""Which entries of modules' tensors a merging method drops, and how it rescales the rest.
+
+Each takes the members (`compose.merging.members`) and gives a function from a block of the stacked
+tensors (M, *S), and the block's key where chance plays a part, to the block with entries at zero.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from compose.merging import magnitude
+from compose.merging.members import Members, each, per_member, size_of, summed
+from lora_jax.errors import InputError
+
+Array = jax.Array
+Number = float | Array
+Sparse = Callable[..., Array]
+
+
+def trimmed(members: Members, density: Number) -> Sparse:
+    """Each tensor's largest entries, a `density` of them, by magnitude; ties are kept."""
+    refuse_density(density)
+    if _whole(density):
+        return lambda xs: xs
+    count = magnitude.kept(density, size_of(members))
+    floors = each(lambda x: magnitude.floor(x, count), members)
+    return lambda xs: jnp.where(_reach(xs, floors), xs, 0)
+
+
+def without_outliers(members: Members, density: Number, gamma: Number) -> Sparse:
+    """Each tensor's middling entries: neither the `gamma` largest nor the smallest.
+
+    A `density` of entries is left; where both cannot be had, fewer of the largest are dropped.
+    """
+    refuse_density(density)
+    refuse_share("gamma", gamma)
+    if _whole(density):
+        return lambda xs: xs
+    size = size_of(members)
+    left = magnitude.kept(density, size)
+    top = jnp.minimum(magnitude.kept(gamma, size), size - left)
+    floors = each(lambda x: magnitude.floor(x, top + left), members)
+    ceilings = each(lambda x: magnitude.floor(x, top), members)
+    return lambda xs: jnp.where(_reach(xs, floors) & ~_reach(xs, ceilings), xs, 0)
+
+
+def _reach(xs: Array, floors: Array) -> Array:
+    """Which entries of (M, *S) reach their tensor's magnitude (M,)."""
+    return jnp.abs(xs).astype(jnp.float32) >= per_member(floors, xs)
+
+
+def dropped(density: Number) -> Sparse:
+    """Entries kept with probability `density`, by lot, and divided by it."""
+    refuse_density(density)
+    if _whole(density):
+        return lambda xs, key: xs
+    return lambda xs, key: jnp.where(_lot(key, density, xs), xs / density, 0)
+
+
+def rescaled(members: Members, sparse: Sparse, key: Array, *, columns: bool = False) -> Sparse:
+    """`sparse`, each tensor multiplied so that its magnitudes add up to what they did before."""
+
+    def sums(xs: Array, key: Array) -> Array:
+        """The sums of magnitudes (2, M) of a block before and after."""
+        axes = tuple(range(1, xs.ndim))
+        return jnp.stack([jnp.sum(jnp.abs(x), axis=axes) for x in (xs, sparse(xs, key))])
+
+    before, after = summed(sums, members, key=key, columns=columns)
+    gain = jnp.where((before < TINY) | (after < TINY), 1, before / jnp.where(after > 0, after, 1))
+    return lambda xs, key: sparse(xs, key) * per_member(gain, xs)
+
+
+TINY = 1e-7  # a tensor whose magnitudes add up to less is left as it is, as in mergekit
+
+
+def _lot(key: Array, chance: Number, xs: Array) -> Array:
+    """Which entries of (M, *S) are drawn, each with its `chance`."""
+    return jax.random.bernoulli(key, chance, xs.shape)
+
+
+def _whole(density: Number) -> bool:
+    """Whether it is known that nothing is dropped."""
+    return isinstance(density, float | int) and density >= 1
+
+
+def refuse_density(density: Number) -> None:
+    """Refuses a share of kept entries that is known to lie outside 0 to 1."""
+    refuse_share("density", density)
+
+
+def refuse_share(name: str, share: Number) -> None:
+    """Refuses a share that is known to lie outside 0 to 1."""
+    if isinstance(share, float | int) and not 0 <= share <= 1:
+        raise InputError(f"{name} must lie between 0 and 1; got {share:g}")

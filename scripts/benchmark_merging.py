@@ -1,0 +1,84 @@
+"""What merging costs, against PEFT's add_weighted_adapter: ten adapters of Phi-3-mini's shapes.
+
+    python -m scripts.benchmark_merging
+
+Every merge of either side runs in a process of its own, one after another. Memory is what a merge
+adds at its peak to what its process held before. PEFT merges one layer; ours one, and then all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import tyro
+
+from scripts.timing import show
+
+METHODS = ("linear", "cat", "ties", "svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Times merges here and in PEFT on torch, and prints the table."""
+
+    methods: tuple[str, ...] = (*METHODS, "dare_ties_svd")  # by PEFT's names
+    layers: int = 32  # of the whole model; 1 leaves it out
+    rounds: int = 3  # timed merges after the first; PEFT's that take over five seconds have one
+    worker: Literal["ours", "peft"] | None = None  # one merge alone, as the command calls itself
+
+
+def main() -> None:
+    """Prints the table; `--worker` is how it calls itself for one merge."""
+    settings = tyro.cli(Settings, prog="python -m scripts.benchmark_merging")
+    if settings.worker:
+        from scripts import merging_cost
+
+        work = {"ours": merging_cost.ours, "peft": merging_cost.peft}[settings.worker]
+        print(json.dumps(work(settings.methods[0], settings.layers, settings.rounds)))
+        return
+    missing = [name for name in ("torch", "peft") if find_spec(name) is None]
+    if missing:
+        sys.exit(f"error: {' and '.join(missing)} not installed; run `make bench`")
+    report(settings)
+
+
+def report(settings: Settings) -> None:
+    """Runs every merge and shows what it took."""
+    rows = []
+    for method in settings.methods:
+        theirs = _worker("peft", method, 1, settings.rounds)
+        one = _worker("ours", method, 1, settings.rounds)
+        row = [method, _cost(theirs), _cost(one), f"{theirs['again'] / one['again']:.1f}x"]
+        if settings.layers > 1:
+            row.append(_cost(_worker("ours", method, settings.layers, 1)))
+        rows.append([*row, f"{one['first']:.1f} s"])
+        print(f"{method}: {theirs} {one}", file=sys.stderr)
+    whole = [f"ours, {settings.layers} layers"] if settings.layers > 1 else []
+    columns = ["method", "PEFT, a layer", "ours, a layer", "ratio", *whole, "first, compiled"]
+    load = os.getloadavg()[1]
+    title = f"Ten rank-16 adapters of Phi-3-mini, to rank 16 (svd), load {load:.1f}"
+    show(title, columns, rows)
+
+
+def _cost(found: dict[str, float]) -> str:
+    """Seconds on the clock and of all processors, and memory, in words."""
+    seconds = f"{found['again']:.3g} s ({found['cpu']:.3g} of CPU)"
+    return f"{seconds}, {found['peak'] / 2**20:,.0f} MiB"
+
+
+def _worker(side: str, method: str, layers: int, rounds: int) -> dict[str, float]:
+    """One merge, by a process of its own."""
+    numbers = ["--layers", str(layers), "--rounds", str(rounds), "--methods", method]
+    command = [sys.executable, "-m", "scripts.benchmark_merging", "--worker", side, *numbers]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{side}, {method} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
