@@ -10,7 +10,7 @@ from compose.arrow import prototypes
 from lora_jax import models
 from lora_jax.bases import load_base
 from lora_jax.modules import Experts
-from lora_jax.routing import route, routed
+from lora_jax.routing import mixture, routed
 from scripts.timing import alternate, show
 
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -50,7 +50,7 @@ def routed_forward(counts: tuple[int, ...], rows: int = 8, length: int = 128) ->
 
 def outputs_then_mix(x: jax.Array, experts: Experts) -> jax.Array:
     """The usual formulation (PEFT's): every expert's output (T, M, O), then their weighted sum."""
-    weights = route(x, experts.prototypes, experts.top_k)
+    weights = mixture(x, experts)
     inner = jnp.einsum("TI,MIR->TMR", x, experts.a)
     outputs = jnp.einsum("TMR,MRO->TMO", inner, experts.b)
     return jnp.einsum("TM,TMO->TO", weights, outputs)

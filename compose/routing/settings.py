@@ -1,0 +1,87 @@
+"""What a library may be routed by, and the refusal of what cannot be."""
+
+import math
+import sys
+from dataclasses import replace
+
+from compose.library import Library, Routing
+from lora_jax.errors import InputError, refuse_all
+from lora_jax.modules import LoRA, Module
+
+ROOT = "sqrt(d)"  # the temperature that is the root of a projection's input width
+CHOICES = {
+    "router": ("arrow", "spectr", "spectr-code", "gates", "activations", "uniform"),
+    "mixing": ("outputs", "factors"),
+    "inputs": ("raw", "unit", "centred", "standard"),
+    "prototypes": ("own", "shared"),
+    "weighting": ("softmax", "uniform"),
+}
+
+# Each paper's settings, where they are not Arrow's: those of `Routing`.
+SPECTR = Routing(top_k=4, mixing="factors", router="spectr", weighting="uniform")
+GATES = Routing(top_k=2, temperature=ROOT, router="gates", inputs="standard")
+ACTIVATIONS = Routing(top_k=sys.maxsize, temperature=ROOT, router="activations")
+UNIFORM = Routing(top_k=1, router="uniform")
+
+
+def refuse_routing(routing: Routing, count: int) -> None:
+    """Refuses settings by which `count` modules cannot be routed, naming every one."""
+    problems = [
+        f"unknown {name} {getattr(routing, name)!r}; choose {' or '.join(known)}"
+        for name, known in CHOICES.items()
+        if getattr(routing, name) not in known
+    ]
+    if not 1 <= routing.top_k <= count:
+        problems.append(
+            f"top_k must lie between 1 and the library's {count} modules; got {routing.top_k}"
+        )
+    if routing.temperature != ROOT and not _is_positive(routing.temperature):
+        problems.append(f"temperature must be above 0; got {routing.temperature} (or take {ROOT})")
+    if routing.prototypes == "shared" and routing.router != "arrow":
+        problems.append(f"prototypes are shared by arrow alone; {routing.router} takes own")
+    if routing.inputs != "raw" and routing.router in ("spectr", "spectr-code", "uniform"):
+        problems.append(f"{routing.router} takes raw inputs; got {routing.inputs!r}")
+    refuse_all(problems, "routing")
+
+
+def _is_positive(value: float | str) -> bool:
+    return not isinstance(value, str) and 0 < value < math.inf
+
+
+def routing_for(library: Library, usual: Routing, top_k: int | None) -> Routing:
+    """The settings for a library of LoRA modules, checked.
+
+    Unless `top_k` is given it is the usual one, or all of fewer modules.
+    """
+    refuse_other_kinds(library)
+    count = len(library.names)
+    routing = replace(usual, top_k=min(usual.top_k, count) if top_k is None else top_k)
+    refuse_routing(routing, count)
+    return routing
+
+
+def refuse_other_kinds(library: Library) -> None:
+    """Refuses a library that holds what cannot be routed, naming what it is and where."""
+    held = [(path, _kind(m)) for adapter in library.adapters for path, m in adapter.items()]
+    if other := [path for path, kind in held if kind != "LoRA"]:
+        kinds = " and ".join(sorted({kind for _, kind in held}))
+        raise InputError(f"{other[0]}: Arrow routes LoRA modules; this library holds {kinds}")
+    if any(path == "embed" for path, _ in held):
+        raise InputError("the embedding cannot be routed; leave embed_tokens out of the library")
+
+
+def _kind(module: Module) -> str:
+    biased = isinstance(module, LoRA) and module.bias is not None
+    return type(module).__name__ + " with a lora_bias" * biased
+
+
+def told(routing: Routing) -> str:
+    """Settings in words: "Arrow: top 3, temperature 1, mixing outputs", and what is not usual."""
+    heat = routing.temperature
+    heat = heat if isinstance(heat, str) else f"{heat:g}"
+    usual, names = Routing(), ("inputs", "prototypes", "weighting")
+    other = {name: getattr(routing, name) for name in names}
+    rest = [f"{name} {value}" for name, value in other.items() if value != getattr(usual, name)]
+    router = "Arrow" if routing.router == "arrow" else routing.router
+    parts = [f"top {routing.top_k}", f"temperature {heat}", f"mixing {routing.mixing}", *rest]
+    return f"{router}: {', '.join(parts)}"
