@@ -1,0 +1,104 @@
+"""A recipe as a value, and what its steps use."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from compose.arithmetic import Space
+from compose.recipe.problems import Source
+from compose.syntax import names
+from compose.weights import Weight
+from lora_jax.errors import InputError
+
+# A member's weight: a number, numbers over depth, or either by pattern of the projection's path.
+Depth = Weight | list[float] | tuple[float, ...]
+Share = Depth | Mapping[str, Depth]
+
+SPACES = get_args(Space)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A step written as on the command line: "both - 0.4*wiki"."""
+
+    text: str
+    space: Space | None = None  # the recipe's, unless given
+    rank: int | None = None  # to which the result is recompressed
+
+
+@dataclass(frozen=True)
+class Method:
+    """A step that applies a method of `compose.recipe.methods` to named modules."""
+
+    name: str
+    members: tuple[str, ...]  # inputs and earlier steps; a library stands for its modules
+    weights: tuple[Share, ...] | None = None  # one a member
+    space: Space | None = None
+    rank: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Step = Expression | Method
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A composition: inputs by name, steps in the order in which they run, outputs by folder."""
+
+    inputs: Mapping[str, str]  # folders of adapters and libraries, or hf://USER/REPO
+    steps: Mapping[str, Step]
+    outputs: Mapping[str, str]  # the step that each folder is to hold
+    base: str | None = None  # the base model, for its shapes; else the one that the inputs name
+    space: Space = "delta"
+    source: Source = field(default=Source("recipe", ""), compare=False, repr=False)
+
+
+def used(step: Step) -> list[str]:
+    """The inputs and steps that a step is made of, each once."""
+    found = sorted(names(step.text)) if isinstance(step, Expression) else step.members
+    return list(dict.fromkeys(found))
+
+
+def needed(recipe: Recipe, outputs: Iterable[str] | None = None) -> set[str]:
+    """The inputs and steps that the outputs rest on; or the steps in `outputs`, if given."""
+    wanted = set(recipe.outputs.values() if outputs is None else outputs)
+    for name, step in reversed(list(recipe.steps.items())):
+        if name in wanted:
+            wanted |= set(used(step))
+    return wanted
+
+
+def refuse_missing(recipe: Recipe, inputs: Collection[str]) -> None:
+    """Refuses inputs in memory that lack one which an output needs."""
+    wanted = needed(recipe)
+    if missing := [name for name in recipe.inputs if name in wanted and name not in inputs]:
+        raise InputError(f"no module for the input {', '.join(missing)}; give one by that name")
+
+
+def reached(recipe: Recipe, name: str) -> set[str]:
+    """All that a step is made of, as far as its recipe can be read; of an input, nothing."""
+    found, left = set(), [name]
+    while left:
+        step = recipe.steps.get(left.pop())
+        try:
+            parts = [] if step is None else used(step)
+        except InputError:
+            parts = []
+        left += [part for part in parts if part not in found]
+        found |= set(parts)
+    return found
+
+
+def described(step: Step) -> str:
+    """What a step does, in one line: its expression, or "ties of math, code; density 0.3"."""
+    what = (
+        step.text if isinstance(step, Expression) else f"{step.name} of {', '.join(step.members)}"
+    )
+    return "; ".join(filter(None, (what, settings(step))))
+
+
+def settings(step: Step) -> str:
+    """A step's options, rank and space as far as they are given: "density 0.3, rank 16"."""
+    said = dict(step.options) if isinstance(step, Method) else {}
+    said |= {k: v for k, v in (("rank", step.rank), ("space", step.space)) if v is not None}
+    return ", ".join(f"{key} {value}" for key, value in said.items())

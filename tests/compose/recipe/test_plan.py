@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compose.library import Library
+from compose.recipe import Expression, Method, Recipe, evaluate, plan, read_recipe
+from compose.recipe.methods import METHODS, options
+from lora_jax.errors import InputError
+from lora_jax.modules import IA3, describe
+
+
+def test_the_plan_is_of_what_is_made(written, modules):
+    recipe = read_recipe(written())
+    planned, found = plan(recipe, modules), evaluate(recipe, modules)
+    assert planned.keys() == found.keys() == {"both", "clean", "routed"}
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(planned))
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), dict(v)) for v in (planned, found)]
+    assert shapes[0] == shapes[1]
+    assert isinstance(planned["routed"], Library) and planned["routed"].routing.top_k == 1
+    assert describe(planned["clean"]) == describe(dict(sorted(found["clean"].items())))
+
+
+def test_inputs_may_be_shapes_alone(written, modules):
+    shapes = jax.eval_shape(lambda: modules)
+    assert describe(plan(read_recipe(written()), shapes)["both"]).startswith("LoRA of rank 4 on")
+
+
+def test_steps_that_their_inputs_cannot_go_through_are_told_with_their_lines(tmp_path, modules):
+    (tmp_path / "recipe.yaml").write_text("""
+inputs: {math: a, code: b, scale: c}
+steps:
+  mixed: math + scale
+  late: mixed - code
+  over: {ties: [math, code], weights: [1, {"k_proj": 1, "*": 2}]}
+  wide: {arrow: [math, code], top_k: 3}
+  fine: math
+  idle: scale + math
+outputs: {o: late, p: over, q: wide, r: fine}
+""")
+    inputs = modules | {"scale": {"self_attn.q_proj": IA3(jnp.zeros((2, 32)))}}
+    with pytest.raises(InputError) as caught:
+        plan(read_recipe(tmp_path / "recipe.yaml"), inputs)
+    told = str(caught.value).split("; line ")
+    assert [part.split(",")[0][-1] for part in told] == ["4", "6", "7"]
+    assert "q_proj: cannot combine IA3" in told[0]
+    assert "weights for k_proj, which fit no projection" in told[1]
+    assert "top_k must lie between 1 and the library's 2 modules" in told[2]
+
+
+def test_a_wrong_call_is_pointed_at(tmp_path, modules):
+    text = "inputs: {math: a}\nsteps: {x: 2*math + mean(3)}\noutputs: {o: x}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"line 2, column 26: steps\.x: a module is wanted here"):
+        plan(read_recipe(tmp_path / "recipe.yaml"), modules)
+
+
+def test_a_step_may_be_differentiated_and_compiled(modules):
+    def total(weight):
+        step = Method("linear", ("math", "code"), (weight, {"q_proj": weight, "*": (0, 1)}))
+        recipe = Recipe({"math": "", "code": ""}, {"x": step}, {"o": "x"})
+        leaves = jax.tree.leaves(evaluate(recipe, modules)["x"])
+        return sum((leaf**2).sum() for leaf in leaves)
+
+    slope = (total(0.5 + 1e-2) - total(0.5 - 1e-2)) / 2e-2
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(0.5), slope, rtol=1e-2)
+
+
+def test_expressions_and_methods_meet(modules):
+    recipe = Recipe(
+        {"math": "", "code": ""},
+        {"sum": Expression("math + code"), "same": Method("linear", ("math", "code"))},
+        {"o": "sum", "p": "same"},
+    )
+    found = evaluate(recipe, modules)
+    for path, module in found["sum"].items():
+        other = found["same"][path]
+        dense = [m.scale * m.a @ m.b for m in (module, other)]
+        np.testing.assert_allclose(*dense, atol=1e-5)
+
+
+def test_inputs_that_are_not_there_are_named(written, modules):
+    recipe, some = read_recipe(written()), {"math": modules["math"]}
+    for function in (plan, evaluate):
+        with pytest.raises(InputError, match="no module for the input code, wiki; give one by"):
+            function(recipe, some)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_planned(lora, name):
+    count = METHODS[name].most or 2
+    given = {n: 0.5 for n, option in options(name, {}).items() if option.default is option.empty}
+    recipe = Recipe(
+        dict.fromkeys("abc", ""),
+        {"x": Method(name, tuple("abc"[:count]), options=given)},
+        {"o": "x"},
+    )
+    assert jax.tree.leaves(plan(recipe, {n: lora(seed) for seed, n in enumerate("abc")})["x"])
