@@ -18,12 +18,14 @@ lint: .venv/ready-test
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
-parity: .venv/ready-parity
+parity: .venv/ready-parity .venv/mergekit
 	$(BIN)/python -m pytest tests/parity -m parity $(ARGS)
 
 bench: .venv/ready-parity
 	$(BIN)/python -m scripts.benchmark_training
 	$(BIN)/python -m scripts.benchmark_arrow
+	$(BIN)/python -m scripts.benchmark_routing
+	$(BIN)/python -m scripts.benchmark_merging
 	$(BIN)/python -m scripts.benchmark_compile
 
 .venv/bin/python:
@@ -42,6 +44,11 @@ bench: .venv/ready-parity
 .venv/ready-parity: .venv/ready-test
 	$(INSTALL) ".[test,parity,harness]"
 	touch $@
+
+# mergekit's pins clash with ours: it and what it pins live in a folder that only its tests look into.
+.venv/mergekit: | .venv/ready-parity
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+		mergekit==0.1.4 pydantic==2.10.6 pydantic-core==2.27.2 immutables==0.21
 
 clean:
 	rm -rf .venv out

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from lora_jax.errors import InputError
-from lora_jax.modules import IA3, Adapter, DoRA, Experts, LoRA, Module, Saved
+from lora_jax.modules import (
+    IA3,
+    Adapter,
+    DoRA,
+    Experts,
+    LoRA,
+    Module,
+    PerExample,
+    Saved,
+    fold_scale,
+)
 
 
 def by_projection(adapters: Sequence[Adapter]) -> dict[str, list[Module | None]]:
@@ -38,8 +48,12 @@ def _form(module: Module) -> str:
         case IA3(offset=offset, on=on):
             return f"IA3 ({_layers(offset.shape[:-1])}, {offset.shape[-1]} on its {on})"
         case Experts(a=a, b=b):
-            settings = f"top_k {module.top_k}, temperature {module.temperature}, {module.mixing}"
+            told = ("mixing", "score", "inputs", "weighting")
+            settings = ", ".join(str(getattr(module, name)) for name in told)
+            settings = f"top_k {module.top_k}, temperature {module.temperature}, {settings}"
             return f"routed experts ({a.shape} to {b.shape}, {settings})"
+        case PerExample():
+            raise InputError("a batch's slots cannot be combined; combine the adapters in them")
         case Saved(value=value):
             return f"a whole weight ({' x '.join(map(str, value.shape))})"
     raise TypeError(f"{type(module).__name__} is not a module")
@@ -47,13 +61,6 @@ def _form(module: Module) -> str:
 
 def _layers(axes: tuple[int, ...]) -> str:
     return " x ".join(map(str, axes)) + " layers"
-
-
-def fold_scale(module: LoRA) -> LoRA:
-    """The same delta with `scale` moved into `b` and `bias`."""
-    b = (module.scale * module.b).astype(module.b.dtype)
-    bias = None if module.bias is None else module.scale * module.bias
-    return LoRA(module.a, b, bias=bias)
 
 
 def common_scale(modules: Sequence[LoRA]) -> list[LoRA]:

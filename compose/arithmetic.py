@@ -75,7 +75,7 @@ def _sum(adapters: Sequence[Adapter], weights: Weights, add: Add) -> Adapter:
     if len(adapters) != len(weights):
         raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
     for path, module in (pair for adapter in adapters for pair in adapter.items()):
-        _refuse_sum(path, module)
+        refuse_sum(path, module)
     table, result = by_projection(adapters), {}
     refuse_lost(weights, table)
     for path, modules in table.items():
@@ -85,7 +85,7 @@ def _sum(adapters: Sequence[Adapter], weights: Weights, add: Add) -> Adapter:
     return result
 
 
-def _refuse_sum(path: str, module: Module) -> None:
+def refuse_sum(path: str, module: Module) -> None:
     """Refuses what no sum of LoRA modules can hold."""
     if isinstance(module, DoRA):
         raise InputError(

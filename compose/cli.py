@@ -2,12 +2,14 @@
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import arg
 
+from compose.commands.arguments import ARGUMENTS
 from lora_jax.errors import InputError
 
 
@@ -15,20 +17,28 @@ from lora_jax.errors import InputError
 class Command:
     """Compose adapters: lora-compose "chat - 0.4*toxic" chat=A toxic=B --out C.
 
+    Or a recipe, a file of named steps and outputs: lora-compose recipe.yaml.
+
     Numbers, names, + - * / and brackets; mean(a, b, ...), negate(a, strength),
     analogy(task, target, source, weight), detox(instructed, toxic, strength),
     gks(task, general, strength), library(a, b, ...), arrow(a, b, ..., top_k=3, temperature=1,
-    mixing=outputs). A library counts as its members.
+    mixing=outputs), spectr(a, b, ...), uniform(a, b, ...) and more (docs/routing.md);
+    svd(a, b, ..., weights=[1, 0.5], rank=16), ties(a, b, ..., density=0.2) and more
+    (docs/merging.md). A library counts as its members.
+
+    Four first words measure instead, each with its own --help: lora-compose explain, similar,
+    cluster, diagnose (docs/libraries.md).
     """
 
     expression: Annotated[tyro.conf.Positional[str], arg(metavar="EXPRESSION")]
-    """What to compose."""
+    """What to compose; or a recipe's file, which ends in .yaml or .yml."""
 
     inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="NAME=FOLDER ...")]
-    """For every name in the expression: an adapter's folder or a library's, or hf://USER/REPO."""
+    """For every name in the expression: an adapter's folder or a library's, or hf://USER/REPO.
+    With a recipe: other folders for its inputs."""
 
-    out: Path
-    """The folder to write."""
+    out: Path | None = None
+    """The folder to write; a recipe names its own."""
 
     space: Literal["delta", "factor"] = "delta"
     """Add what the modules do, exactly; or add their tensors one by one, as the papers do."""
@@ -45,19 +55,22 @@ class Command:
     overwrite: bool = False
     """Replace the output folder if it exists."""
 
+    dry_run: bool = False
+    """Check a recipe and tell what its steps will make; write nothing."""
+
 
 def main() -> None:
     """The command: composes, prints a summary, and leaves with status 2 on bad input."""
+    words = sys.argv[1:]
+    named = words[0] if words and words[0] in ARGUMENTS else ""
     command = tyro.cli(
-        Command,
-        prog="lora-compose",
-        args=[_shielded(a) for a in sys.argv[1:]],
+        ARGUMENTS.get(named, Command),
+        prog=f"lora-compose {named}".strip(),
+        args=[_shielded(a) for a in words[bool(named) :]],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        from compose.command import run
-
-        run(command)
+        import_module(f"compose.commands.{named}" if named else "compose.command").run(command)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -2,7 +2,7 @@
 
 {"version": 1, "base_model_name_or_path": "smollm2-135m",
  "modules": [{"name": "boolq", "sha256": {"adapter_config.json": "…", …}}, …],
- "routing": {"top_k": 3, "temperature": 1.0, "mixing": "outputs"} or null}
+ "routing": {"top_k": 3, "temperature": 1.0, "mixing": "outputs", "router": "arrow", …} or null}
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compose.arrow import refuse_routing
 from compose.library import Library, Routing
+from compose.routing.settings import refuse_routing
+from compose.routing.vectors import FILES, load_vectors, save_vectors
 from lora_jax import models, peft
 from lora_jax.errors import InputError, refuse_all
-from lora_jax.files import new_folder, read_json, sha256, write_json
+from lora_jax.files import new_folder, read_json, sha256, write_beside
 
 INDEX = "library.json"
 _VERSION = 1
@@ -33,13 +34,14 @@ def save_library(
 ) -> None:
     """Writes a library as a folder, whole or not at all.
 
-    `extra` maps names of JSON files to values that are written beside `library.json`.
+    `extra` maps names of files to texts, or values for JSON, written beside `library.json`.
     """
     _refuse_names(list(library.names), "the library")
     with new_folder(folder, overwrite) as scratch:
         for name, adapter in zip(library.names, library.adapters, strict=True):
             (scratch / name).mkdir()
             peft.write_adapter(scratch / name, adapter, config, base_name=base_name)
+        save_vectors(scratch, library)
         routing = library.routing
         index = {
             "version": _VERSION,
@@ -47,8 +49,7 @@ def save_library(
             "modules": [{"name": n, "sha256": _hashes(scratch / n)} for n in library.names],
             "routing": None if routing is None else dataclasses.asdict(routing),
         }
-        for name, value in {INDEX: index, **(extra or {})}.items():
-            write_json(scratch / name, value)
+        write_beside(scratch, {INDEX: index, **(extra or {})})
 
 
 def load_library(folder: Path, config: models.Config) -> Library:
@@ -64,7 +65,8 @@ def load_library(folder: Path, config: models.Config) -> Library:
     for entry in modules:
         _verify(folder / entry["name"], entry["sha256"])
     adapters = tuple(peft.load_adapter(folder / name, config) for name in names)
-    return Library(tuple(names), adapters, _routing(index.get("routing"), len(names), where))
+    routing = _routing(index.get("routing"), len(names), where)
+    return Library(tuple(names), adapters, routing, load_vectors(folder, names, config))
 
 
 def _is_entry(entry: Any) -> bool:
@@ -86,13 +88,15 @@ def _refuse_names(names: list[str], where: str) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {name: sha256(folder / name) for name in (peft.CONFIG, peft.WEIGHTS)}
+    extra = [name for name in FILES.values() if (folder / name).exists()]
+    return {name: sha256(folder / name) for name in (peft.CONFIG, peft.WEIGHTS, *extra)}
 
 
 def _verify(folder: Path, expected: Mapping[str, str]) -> None:
     """Refuses an adapter folder whose files are missing or not the ones that were saved."""
     problems = []
-    for name in (peft.CONFIG, peft.WEIGHTS):
+    extra = [name for name in FILES.values() if name in expected or (folder / name).exists()]
+    for name in (peft.CONFIG, peft.WEIGHTS, *extra):
         if not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != expected.get(name):

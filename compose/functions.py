@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from compose import arithmetic
+from compose import arithmetic, controls
 from compose.arithmetic import Space
-from compose.arrow import routing_for
+from compose.genknowsub import centred as without_mean
+from compose.genknowsub import project_out as projected
 from compose.genknowsub import without
-from compose.library import Library, each, join
+from compose.library import Library, Routing, each, join
+from compose.routing.settings import ACTIVATIONS, GATES, SPECTR, UNIFORM, routing_for
+from lora_jax.errors import InputError
 from lora_jax.modules import Adapter
 
 Value = Adapter | Library
@@ -40,6 +43,16 @@ def gks(task: Value, general: Value, strength: float = 1.0, *, space: Space) -> 
     return each(lambda x, y: without(x, y, strength=strength, space=space), task, general)
 
 
+def project_out(task: Value, general: Value, strength: float = 1.0, *, space: Space) -> Value:
+    """The task module less strength times its projection on what the general one spans."""
+    return each(lambda x, y: projected(x, y, strength=strength, space=space), task, general)
+
+
+def centred(*modules: Library, strength: float = 1.0, space: Space) -> Library:
+    """The modules as one library, each less strength times their mean, as by gks."""
+    return without_mean(join(modules), strength=strength, space=space)
+
+
 def library(*modules: Library, space: Space) -> Library:
     """The modules as one library."""
     return join(modules)
@@ -48,13 +61,87 @@ def library(*modules: Library, space: Space) -> Library:
 def arrow(
     *modules: Library,
     top_k: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | str = 1.0,
     mixing: str = "outputs",
+    inputs: str = "raw",
+    prototypes: str = "own",
+    weighting: str = "softmax",
     space: Space,
 ) -> Library:
     """The modules as one library that is routed by Arrow when it is used."""
+    usual = Routing(
+        temperature=temperature,
+        mixing=mixing,
+        inputs=inputs,
+        prototypes=prototypes,
+        weighting=weighting,
+    )
+    return _routed(modules, usual, top_k)
+
+
+def spectr(
+    *modules: Library,
+    top_k: int | None = None,
+    score: str = "paper",
+    mixing: str = "factors",
+    weighting: str = "uniform",
+    temperature: float | str = 1.0,
+    space: Space,
+) -> Library:
+    """The modules as one library that is routed by SpectR, as its paper or its code scores."""
+    known = {"paper": "spectr", "code": "spectr-code"}
+    if score not in known:
+        raise InputError(f"unknown score {score!r}; choose {' or '.join(known)}")
+    settings = {"mixing": mixing, "weighting": weighting, "temperature": temperature}
+    return _routed(modules, replace(SPECTR, router=known[score], **settings), top_k)
+
+
+def gates(
+    *modules: Library,
+    top_k: int | None = None,
+    temperature: float | str = "sqrt(d)",
+    mixing: str = "outputs",
+    space: Space,
+) -> Library:
+    """The modules as one library that is routed by their trained gates (PHATGOOSE)."""
+    return _routed(modules, replace(GATES, temperature=temperature, mixing=mixing), top_k)
+
+
+def activations(
+    *modules: Library,
+    top_k: int | None = None,
+    temperature: float | str = "sqrt(d)",
+    mixing: str = "outputs",
+    space: Space,
+) -> Library:
+    """The modules as one library that is routed by the mean input of each on its own data."""
+    return _routed(modules, replace(ACTIVATIONS, temperature=temperature, mixing=mixing), top_k)
+
+
+def uniform(*modules: Library, mixing: str = "outputs", space: Space) -> Library:
+    """The modules as one library, each with the same weight for every token."""
+    return _routed(modules, replace(UNIFORM, mixing=mixing), None)
+
+
+def untrained(module: Value, seed: int = 0, *, space: Space) -> Value:
+    """The module as it was before training, of the seed of its initialisation: a control."""
+    return each(lambda m: controls.untrained(m, seed), module)
+
+
+def random(module: Value, seed: int = 0, *, space: Space) -> Value:
+    """A random module as large as this one: a control."""
+    return each(lambda m: controls.random_like(m, seed), module)
+
+
+def rescaled(module: Value, like: Value, *, space: Space) -> Value:
+    """The module made as large as another: a control."""
+    return each(controls.rescaled, module, like)
+
+
+def _routed(modules: tuple[Library, ...], usual: Routing, top_k: int | None) -> Library:
+    """The modules as one library that is routed when it is used."""
     whole = join(modules)
-    return replace(whole, routing=routing_for(whole, top_k, temperature, mixing))
+    return replace(whole, routing=routing_for(whole, usual, top_k))
 
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
@@ -63,6 +150,15 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "analogy": analogy,
     "detox": detox,
     "gks": gks,
+    "project_out": project_out,
+    "centred": centred,
     "library": library,
     "arrow": arrow,
+    "spectr": spectr,
+    "gates": gates,
+    "activations": activations,
+    "uniform": uniform,
+    "untrained": untrained,
+    "random": random,
+    "rescaled": rescaled,
 }

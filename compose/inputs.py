@@ -1,20 +1,25 @@
 """What a user points at: a PEFT adapter folder, or a library of them, here or on the hub."""
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from compose import provenance
 from compose.folder import INDEX, load_library
 from compose.library import Library
+from compose.routing import vectors
 from compose.syntax import NAME
-from lora_jax import hub, models, peft
+from lora_jax import bases, hub, models, peft
 from lora_jax.errors import InputError
 from lora_jax.files import read_json
 from lora_jax.modules import Adapter
 from lora_jax.wheels import packaged
 
 # What is fetched of an adapter or a library on the hub, and of a library's modules.
-_WANTED = (INDEX, peft.CONFIG, peft.WEIGHTS, "adapter_model.bin")
-_MEMBERS = tuple(f"*/{name}" for name in _WANTED[1:])
+_FILES = (peft.CONFIG, peft.WEIGHTS, "adapter_model.bin")
+_WANTED = (INDEX, *_FILES, provenance.FILE, provenance.TRAINED)
+_MEMBERS = tuple(f"*/{name}" for name in (*_FILES, *vectors.FILES.values()))
+DEFAULT_BASE = "smollm2-135m"
 
 
 def named_folders(given: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
@@ -56,6 +61,24 @@ def base_name(path: Path) -> str:
     """
     index = read_json(path / (INDEX if _is_library(path) else peft.CONFIG))
     return packaged(str(index.get("base_model_name_or_path") or ""))
+
+
+def base_and_config(given: str | None, folders: Mapping[str, Path]) -> tuple[str, models.Config]:
+    """The base model's name and config: the one asked for, or else the one the inputs name."""
+    if given is not None:
+        return given, bases.load_config(given)
+    named = {name: base_name(folder) for name, folder in folders.items()}
+    if len({base for base in named.values() if base}) > 1:
+        told = ", ".join(f"{name} is of {base}" for name, base in named.items() if base)
+        remedy = "if not, say --base (in a recipe, base:)"
+        raise InputError(f"the inputs are of different base models ({told}); {remedy}")
+    for name in filter(None, dict.fromkeys(named.values())):
+        try:
+            return name, bases.load_config(name)
+        except InputError as error:
+            note = f"note: the inputs' base model is out of reach ({error})"
+            print(f"{note}; taking {DEFAULT_BASE}, or say --base", file=sys.stderr)
+    return DEFAULT_BASE, bases.load_config(DEFAULT_BASE)
 
 
 def _is_library(path: Path) -> bool:

@@ -4,7 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,10 +14,13 @@ from compose import arithmetic
 from compose.arithmetic import Space
 from compose.functions import FUNCTIONS
 from compose.library import Library, each
-from compose.syntax import ExpressionError, pointed
+from compose.merging.functions import MERGING, List
+from compose.merging.merge import Errors
+from compose.syntax import ExpressionError, parse
 from lora_jax.errors import InputError
 from lora_jax.modules import Adapter
 
+CALLABLE = FUNCTIONS | MERGING | FUNCTIONS  # of two by one name, the first; and in this order
 Inputs = Mapping[str, Adapter | Library]
 Value = float | Adapter | Library
 Parts = list[Any]  # a node's trees and tokens
@@ -30,11 +33,16 @@ class Scope:
     text: str
     inputs: Inputs
     space: Space
+    lost: dict[str, Errors] = field(default_factory=dict)  # by calls that merge, to a rank
+
+    def part(self, node: Tree) -> str:
+        """A node as it stands in the text."""
+        return self.text[node.meta.start_pos : node.meta.end_pos]
 
     def error(self, node: Tree | Token, message: str) -> ExpressionError:
         """An error that points at a node or token of the text."""
         place = node.meta.start_pos if isinstance(node, Tree) else node.start_pos
-        return pointed(self.text, place, message)
+        return ExpressionError(self.text, place or 0, message)
 
 
 def value_of(node: Tree, scope: Scope) -> Value:
@@ -52,7 +60,7 @@ def value_of(node: Tree, scope: Scope) -> Value:
                 return _product(parts, scope)
             case "sum":
                 return _sum(parts, scope)
-        return _call(parts, scope)
+        return _call(node, scope)
     except ExpressionError:
         raise
     except InputError as error:
@@ -76,7 +84,9 @@ def module_of(node: Tree, scope: Scope) -> Adapter | Library:
 
 def _number(node: Tree | Token, scope: Scope) -> float:
     """The number that a node stands for; anything else is refused."""
-    value = value_of(node, scope) if isinstance(node, Tree) else None
+    value = None
+    if isinstance(node, Tree) and node.data != "numbers":
+        value = value_of(node, scope)
     if not isinstance(value, float):
         raise scope.error(node, "a number is wanted here")
     return value
@@ -123,24 +133,44 @@ def _product(parts: Parts, scope: Scope) -> Value:
     return value
 
 
-def _call(parts: Parts, scope: Scope) -> Value:
+def _call(node: Tree, scope: Scope) -> Value:
     """A function applied: its arguments bound as Python binds them, then evaluated."""
+    name, bound = str(node.children[0]), _bound(node.children, scope)
+    shown = bound.signature.parameters
+    for key, given in bound.arguments.items():
+        bound.arguments[key] = _argument(shown[key], given, scope)
+    found = CALLABLE[name](*bound.args, **bound.kwargs, space=scope.space)
+    if isinstance(found, tuple):
+        found, scope.lost[scope.part(node)] = found
+    return found
+
+
+def wrong_calls(text: str) -> list[ExpressionError]:
+    """What is wrong with an expression's calls as far as that can be said without its inputs."""
+    found, scope = [], Scope(text, {}, "delta")
+    for node in parse(text).find_data("call"):
+        try:
+            _bound(node.children, scope)
+        except ExpressionError as error:
+            found.append(error)
+    return found
+
+
+def _bound(parts: Parts, scope: Scope) -> inspect.BoundArguments:
+    """A call's arguments, not yet evaluated, by the names of the function's parameters."""
     token, *arguments = parts
     name = str(token)
-    if name not in FUNCTIONS:
-        raise scope.error(token, f"unknown function {name!r}; there are {', '.join(FUNCTIONS)}")
+    if name not in CALLABLE:
+        raise scope.error(token, f"unknown function {name!r}; there are {', '.join(CALLABLE)}")
     keywords = {str(n.children[0]): n.children[1] for n in arguments if n.data == "keyword"}
     positional = [n for n in arguments if n.data != "keyword"]
-    shown = {p: v for p, v in inspect.signature(FUNCTIONS[name]).parameters.items() if p != "space"}
+    shown = {p: v for p, v in inspect.signature(CALLABLE[name]).parameters.items() if p != "space"}
     signature = inspect.Signature(list(shown.values()))
     _refuse_unknown_keywords(arguments, name, list(shown), scope)
     try:
-        bound = signature.bind(*positional, **keywords)
+        return signature.bind(*positional, **keywords)
     except TypeError as error:
         raise scope.error(token, f"{_usage(name, signature)}: {error}") from None
-    for key, given in bound.arguments.items():
-        bound.arguments[key] = _argument(shown[key], given, scope)
-    return FUNCTIONS[name](*bound.args, **bound.kwargs, space=scope.space)
 
 
 def _refuse_unknown_keywords(arguments: Parts, name: str, known: list[str], scope: Scope) -> None:
@@ -166,16 +196,36 @@ def _argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> Any:
         if isinstance(given, Tree):
             raise scope.error(given, f"{parameter.name} is a word, such as {parameter.default}")
         return str(given)
+    if parameter.annotation == List:
+        return _numbers(given, scope)
+    if parameter.annotation is bool:
+        return _truth(given, scope)
+    if parameter.annotation == float | str:
+        return str(given) if isinstance(given, Token) else _number(given, scope)
     if parameter.annotation is float:
         return _number(given, scope)
-    if parameter.annotation == int | None:
+    if parameter.annotation in (int, int | None):
         value = _number(given, scope)
         if value != int(value):
             raise scope.error(given, f"{parameter.name} must be a whole number; got {value:g}")
         return int(value)
-    if isinstance(given, Token):
+    if isinstance(given, Token) or given.data == "numbers":
         raise scope.error(given, f"{parameter.name} is a module: give it by position")
     return module_of(given, scope)
+
+
+def _numbers(given: Tree | Token, scope: Scope) -> tuple[float, ...]:
+    """Numbers in square brackets."""
+    if not isinstance(given, Tree) or given.data != "numbers":
+        raise scope.error(given, "numbers in square brackets are wanted here, such as [0.3, 0.7]")
+    return tuple(_number(node, scope) for node in given.children if isinstance(node, Tree))
+
+
+def _truth(given: Tree | Token, scope: Scope) -> bool:
+    """The word true or false."""
+    if given not in ("true", "false"):
+        raise scope.error(given, "true or false is wanted here")
+    return given == "true"
 
 
 def _members(node: Tree, scope: Scope) -> Library:
@@ -183,5 +233,6 @@ def _members(node: Tree, scope: Scope) -> Library:
     value = module_of(node, scope)
     if isinstance(value, Library):
         return value
-    text = scope.text[node.meta.start_pos : node.meta.end_pos]
-    return Library((re.sub(r"[^\w.]+", "_", text).strip("._")[:60] or "module",), (value,))
+    return Library(
+        (re.sub(r"[^\w.]+", "_", scope.part(node)).strip("._")[:60] or "module",), (value,)
+    )

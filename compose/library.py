@@ -1,6 +1,6 @@
 """Libraries: several modules of one base model, by name; and adapters stacked along an axis M."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,23 +12,33 @@ from compose.align import by_projection, common_rank, common_scale
 from lora_jax.errors import InputError
 from lora_jax.modules import Adapter, LoRA, Module, Saved
 
+Vectors = Mapping[str, jax.Array]  # (N, I) by projection: a module's gates, or its mean inputs
+
 
 @dataclass(frozen=True)
 class Routing:
-    """How Arrow is to route over a library; see `compose.arrow.route_library`."""
+    """How a library is to be routed; `compose.routing.settings.CHOICES` has what each may be."""
 
     top_k: int = 3
-    temperature: float = 1.0
+    temperature: float | str = 1.0  # or "sqrt(d)", the root of the projection's input width
     mixing: str = "outputs"
+    router: str = "arrow"
+    inputs: str = "raw"
+    prototypes: str = "own"
+    weighting: str = "softmax"
 
 
 @struct.dataclass
 class Library:
-    """Named modules of one base model, and how to route over them if they are to be routed."""
+    """Named modules of one base model, and how to route over them if they are to be routed.
+
+    `vectors` are what a router was given for each module, by the router: "gates", "activations".
+    """
 
     names: tuple[str, ...] = struct.field(pytree_node=False)
     adapters: tuple[Adapter, ...]
     routing: Routing | None = struct.field(pytree_node=False, default=None)
+    vectors: Mapping[str, tuple[Vectors, ...]] = struct.field(default_factory=dict)
 
     def map(self, function: Callable[[Adapter], Adapter]) -> "Library":
         """The library with `function` applied to each of its modules."""
@@ -36,13 +46,24 @@ class Library:
 
 
 def join(libraries: Sequence[Library]) -> Library:
-    """One library of all their modules, unrouted; a name already taken gets a number."""
+    """One library of all their modules, unrouted; a name already taken gets a number.
+
+    A module without the vectors that others have gets none.
+    """
     names: list[str] = []
     for name in (name for library in libraries for name in library.names):
         copies = (f"{name}_{n}" for n in range(2, len(names) + 3))
         names.append(name if name not in names else next(c for c in copies if c not in names))
     adapters = (adapter for library in libraries for adapter in library.adapters)
-    return Library(tuple(names), tuple(adapters))
+    routers = dict.fromkeys(router for library in libraries for router in library.vectors)
+    vectors = {router: tuple(_vectors(libraries, router)) for router in routers}
+    return Library(tuple(names), tuple(adapters), vectors=vectors)
+
+
+def _vectors(libraries: Sequence[Library], router: str) -> Iterator[Vectors]:
+    """The vectors of every module for a router, in order."""
+    for library in libraries:
+        yield from library.vectors.get(router) or ({},) * len(library.names)
 
 
 def each(function: Callable[..., Adapter], *values: Adapter | Library) -> Adapter | Library:

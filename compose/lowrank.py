@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compose.align import common_scale, fold_scale
+from compose.align import common_scale
 from lora_jax.errors import InputError
-from lora_jax.modules import LoRA
+from lora_jax.modules import LoRA, fold_scale
 
 Array = jax.Array
 

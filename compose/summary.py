@@ -9,6 +9,7 @@ from rich.table import Table
 from compose.geometry import cosine, norm
 from compose.library import Library
 from compose.provenance import Errors
+from compose.routing.settings import told
 from lora_jax.errors import InputError
 from lora_jax.modules import Adapter, describe
 
@@ -26,25 +27,30 @@ def members(name: str, value: Adapter | Library) -> list[Named]:
 
 
 def sizes(
-    inputs: Mapping[str, Adapter | Library], result: Adapter | Library, errors: Errors
+    inputs: Mapping[str, Adapter | Library],
+    result: Adapter | Library,
+    errors: Errors,
+    merges: Errors | None = None,
 ) -> Table:
-    """A table of every module's kind and norm, and what recompression cost the result."""
+    """A table of every module's kind and norm, and what low ranks cost merges and the result."""
     table = Table(caption=_caption(result))
     table.add_column("module", overflow="fold")
     table.add_column("what it is")
     table.add_column("norm", justify="right")
     table.add_column("lost to rank", justify="right")
     for name, adapter in _all_members(inputs):
-        table.add_row(name, describe(adapter), _norm(adapter), "")
+        table.add_row(name, describe(adapter), length(adapter), "")
     table.add_section()
-    lost = [_lost(by_path) for by_path in errors.values()]
+    for text, by_path in (merges or {}).items():
+        table.add_row(text, "merged", "", lost(by_path))
+    losses = [lost(by_path) for by_path in errors.values()]
     rows = members("result", result)
-    for (name, adapter), loss in zip(rows, lost or [""] * len(rows), strict=True):
-        table.add_row(name, describe(adapter), _norm(adapter), loss)
+    for (name, adapter), loss in zip(rows, losses or [""] * len(rows), strict=True):
+        table.add_row(name, describe(adapter), length(adapter), loss)
     return table
 
 
-def _norm(adapter: Adapter) -> str:
+def length(adapter: Adapter) -> str:
     """The norm of what a module adds, in digits."""
     try:
         return f"{float(norm(adapter)):.4g}"
@@ -60,11 +66,10 @@ def _caption(result: Adapter | Library) -> str | None:
     """How a library is routed, in words."""
     if not isinstance(result, Library) or result.routing is None:
         return None
-    r = result.routing
-    return f"routed by Arrow: top {r.top_k}, temperature {r.temperature:g}, mixing {r.mixing}"
+    return f"routed by {told(result.routing)}"
 
 
-def _lost(by_path: Mapping[str, jax.Array]) -> str:
+def lost(by_path: Mapping[str, jax.Array]) -> str:
     """The mean and the largest relative truncation error over layers and projections."""
     flat = np.concatenate([np.ravel(error) for error in by_path.values()] or [np.zeros(1)])
     return f"{flat.mean():.1%} (max {flat.max():.1%})"

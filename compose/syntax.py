@@ -21,7 +21,8 @@ GRAMMAR = rf"""
         | NAME "(" [argument ("," argument)*] ")" -> call
         | "(" sum ")"
     ?argument: sum
-        | NAME "=" (signed | NAME) -> keyword
+        | NAME "=" (signed | numbers | NAME | ROOT) -> keyword
+    numbers: "[" signed ("," signed)* "]"
     ?signed: MINUS signed -> negative
         | NUMBER -> number
 
@@ -29,6 +30,7 @@ GRAMMAR = rf"""
     MINUS: "-"
     TIMES: "*"
     OVER: "/"
+    ROOT.1: "sqrt(d)"
     NUMBER: /{_NUMBER}/
     NAME: /{NAME.pattern}/
     %import common.WS
@@ -37,7 +39,13 @@ GRAMMAR = rf"""
 
 
 class ExpressionError(InputError):
-    """An expression that cannot be evaluated; its message shows where."""
+    """An expression that cannot be evaluated; its message shows where, with a caret."""
+
+    def __init__(self, text: str, place: int, reason: str) -> None:
+        start = text.rfind("\n", 0, place) + 1
+        line, column = text[start:].split("\n", 1)[0], place - start
+        super().__init__(f"column {column + 1}: {reason}\n  {line}\n  {' ' * column}^")
+        self.place, self.reason = place, reason
 
 
 @cache
@@ -56,7 +64,8 @@ def parse(text: str) -> Tree:
     except UnexpectedInput as error:
         token = getattr(error, "token", None)
         if not token:
-            raise pointed(text, len(text.rstrip()), "the expression ends too early") from None
+            reason = "the expression ends too early"
+            raise ExpressionError(text, len(text.rstrip()), reason) from None
         raise _unexpected(text, token.start_pos, str(token)) from None
 
 
@@ -66,7 +75,7 @@ def _unexpected(text: str, place: int | None, found: str) -> ExpressionError:
     number = re.search(rf"{_NUMBER}\s*$", text[:place])
     name = NAME.match(text, place)
     remedy = f"; write {number[0].strip()}*{name[0]}" if number and name else ""
-    return pointed(text, place, f"unexpected {found!r}{remedy}")
+    return ExpressionError(text, place, f"unexpected {found!r}{remedy}")
 
 
 def names(text: str) -> set[str]:
@@ -81,13 +90,4 @@ def refuse_unknown(text: str, known: Collection[str]) -> None:
         if name not in known:
             inputs = ", ".join(sorted(known)) or "none"
             message = f"unknown name {name!r}; the inputs are {inputs}"
-            raise pointed(text, node.meta.start_pos, message)
-
-
-def pointed(text: str, place: int | None, message: str) -> ExpressionError:
-    """An error that shows the line of the expression and a caret under the character at `place`."""
-    place = place or 0
-    start = text.rfind("\n", 0, place) + 1
-    line = text[start:].split("\n", 1)[0]
-    column = place - start
-    return ExpressionError(f"column {column + 1}: {message}\n  {line}\n  {' ' * column}^")
+            raise ExpressionError(text, node.meta.start_pos, message)

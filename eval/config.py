@@ -27,16 +27,20 @@ class Evaluation:
     adapters: Annotated[tuple[str, ...], arg(metavar="NAME=FOLDER ...")] = ()
     """Adapters and libraries, each with a name: folders, or hf://USER/REPO[/FOLDER]."""
     compare: Annotated[tuple[str, ...], arg(metavar="[LABEL=]EXPRESSION ...")] = ()
-    """The columns: expressions over the names and `base`. By default, base and every adapter."""
+    """The columns: expressions over the names and `base`, or recipes' files (.yaml). By default,
+    base and every adapter."""
+    sweep: Annotated[tuple[str, ...], arg(metavar="NAME=VALUES ...")] = ()
+    """Numbers that columns leave open, as in "a - {x}*b": x=0,0.5,1 or x=0:1:11 (how many)."""
     out: Path = Path("results/eval")
     """The folder for results.json and accuracy.png."""
     overwrite: bool = False
     """Replace the output folder if it exists."""
     data_root: str | None = None
     """Where the tasks' files are, as TASK/FILE.jsonl; by default they come from the hub."""
-    task_file: tuple[Path, ...] = ()
-    """Tasks of your own, in JSON: rows, prompt, choices (and answer, label, group, name), or kind
-    "classification" and rows (and labels, prompt, second, label, group, name)."""
+    task_file: tuple[str, ...] = ()
+    """Tasks of your own: JSON files, or hf://datasets/USER/REPO/FILE. They hold rows, prompt,
+    choices (and answer, label, group, name), or kind "classification" and rows (and labels,
+    prompt, second, label, group, name)."""
     text: tuple[str, ...] = ()
     """Texts of your own to measure perplexity on: files, or hf://datasets/USER/REPO/FILE."""
     generate: tuple[str, ...] = ()

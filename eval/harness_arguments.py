@@ -1,6 +1,6 @@
 """What lm-evaluation-harness's --model_args may say, and the model that they describe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -41,6 +41,29 @@ class Arguments:
 _FOREIGN = {"batch_size", "max_batch_size", "device"}
 
 
+def _is_text_or_texts(value: Any) -> bool:
+    """Whether a value is a text, or several."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(one, str) for one in several)
+
+
+_CHOICES = {
+    "space": ("delta", "factor"),
+    "devices": ("mesh", "pmap", "one"),
+    "dtype": (None, "float32", "bfloat16", "float16"),
+    "mixing": (None, "outputs", "factors"),
+}
+_COUNT = (lambda value: type(value) is int and value >= 1, "a whole number, at least 1")
+_TEXT = (lambda value: isinstance(value, str), "a text")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("batch_tokens", "max_length", "max_gen_toks", "top_k"), _COUNT),
+    **dict.fromkeys(("base", "library", "expression"), _TEXT),
+    "adapter": (_is_text_or_texts, "NAME=FOLDER, or a list of them"),
+    "temperature": (lambda value: type(value) in (int, float) and value > 0, "a number over 0"),
+    "seed": (lambda value: type(value) is int and 0 <= value < 2**32, "in [0, 2**32)"),
+}
+
+
 def arguments(given: Mapping[str, Any]) -> Arguments:
     """The model's arguments; one error names all that cannot be."""
     known = {field.name for field in fields(Arguments)}
@@ -48,16 +71,16 @@ def arguments(given: Mapping[str, Any]) -> Arguments:
         f"{name} is unknown; known are {', '.join(sorted(known))}"
         for name in given.keys() - known - _FOREIGN
     ]
-    choices = {"space": ("delta", "factor"), "devices": ("mesh", "pmap", "one")}
-    choices |= {"dtype": (None, "float32", "bfloat16", "float16")}
     problems += [
         f"{name}={given[name]} is not one of {', '.join(filter(None, allowed))}"
-        for name, allowed in choices.items()
+        for name, allowed in _CHOICES.items()
         if given.get(name, allowed[0]) not in allowed
     ]
-    counts = ("batch_tokens", "max_length", "max_gen_toks")
-    bad = [n for n in counts if given.get(n) is not None and given[n] < 1]
-    problems += [f"{name}={given[name]} must be at least 1" for name in bad]
+    problems += [
+        f"{name}={given[name]} must be {rule}"
+        for name, (fits, rule) in _RULES.items()
+        if given.get(name) is not None and not fits(given[name])
+    ]
     arrow = [name for name in ("top_k", "temperature", "mixing") if given.get(name) is not None]
     if arrow and (given.get("expression") or not given.get("library")):
         problems.append(f"{', '.join(arrow)} are for a library alone; write arrow(...) instead")

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from compose.inputs import located, named_folders
 from eval import bench as benches
-from eval import columns, report, results, tasks
+from eval import columns, report, results, sweep_figures, tasks
 from eval.bench import Bench
 from eval.classify import common_labels
 from eval.config import Evaluation, checked
 from eval.results import Answers, Line, Perplexity, Replies
+from eval.sweep import read_sweep
 from eval.tasks import Classification, Corpus, Measured
 from lora_jax import bases
 from lora_jax.errors import InputError
@@ -30,12 +31,13 @@ def run(settings: Evaluation) -> None:
     checked(settings)
     benches.sampling(settings)  # refuses what cannot be, before anything is measured
     refuse_existing(settings.out, settings.overwrite)
+    swept = read_sweep(settings.sweep)
     wanted, named = _wanted(settings), named_folders(settings.adapters, taken={columns.BASE})
     folders = {name: located(folder) for name, folder in named.items()}
     base = bases.load_base(
         settings.base, labels=common_labels(wanted), quantization=settings.quantize
     )
-    built = columns.build(settings.compare, folders, base.config, settings.space)
+    built = columns.build(settings.compare, folders, base.config, settings.space, swept)
     bench = Bench(settings, base, load_tokenizer(base.folder), built)
     benches.refuse_misfits(bench, wanted)
     benches.refuse_beyond_context(bench, wanted)
@@ -43,7 +45,7 @@ def run(settings: Evaluation) -> None:
     replies = benches.replies(bench) if settings.generate else None
     numbers = [line for outcome in outcomes for line in results.lines(outcome, settings.seed)]
     provenance = _provenance(bench, folders) | {"seconds": round(time.perf_counter() - began, 2)}
-    _write(settings, results.document(outcomes, numbers, replies, provenance), numbers)
+    _write(bench, results.document(outcomes, numbers, replies, provenance), numbers)
     _print(outcomes, numbers, replies)
     print(settings.out / "results.json")
 
@@ -51,7 +53,7 @@ def run(settings: Evaluation) -> None:
 def _wanted(settings: Evaluation) -> list[Measured]:
     """Everything to measure, each name once."""
     found: list[Measured] = [tasks.find(name) for name in settings.tasks]
-    found += [tasks.read_any(path) for path in settings.task_file]
+    found += [tasks.read_any(path) for path in map(local, settings.task_file)]
     found += [Corpus(path.stem, str(path.absolute())) for path in map(local, settings.text)]
     names = [task.name for task in found]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -69,10 +71,11 @@ def _measured(bench: Bench, task: Measured) -> Answers | Perplexity:
     return benches.answers(bench, task)
 
 
-def _write(settings: Evaluation, document: dict[str, Any], numbers: Sequence[Line]) -> None:
-    """Writes results.json and, if there are accuracies, their chart."""
-    with new_folder(settings.out, settings.overwrite) as scratch:
+def _write(bench: Bench, document: dict[str, Any], numbers: Sequence[Line]) -> None:
+    """Writes results.json, the chart of accuracies if there are any, and the sweep's figures."""
+    with new_folder(bench.settings.out, bench.settings.overwrite) as scratch:
         write_json(scratch / "results.json", document)
+        sweep_figures.draw(numbers, bench.columns, scratch)
         if any(line.metric == "accuracy" for line in numbers):
             report.chart(numbers, scratch / "accuracy.png")
 
@@ -83,6 +86,7 @@ def _provenance(bench: Bench, folders: Mapping[str, Path]) -> dict[str, Any]:
         "base": {"name": bench.settings.base, "sha256": bench.base.digest},
         "adapters": hashed(folders),
         "columns": {column.name: column.recipe for column in bench.columns},
+        "sweep": {c.name: dict(c.setting) for c in bench.columns if c.setting},
         "settings": {key: _plain(value) for key, value in asdict(bench.settings).items()},
     }
 

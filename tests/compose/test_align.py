@@ -2,9 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compose.align import by_projection, common_rank, common_scale, fold_scale, pad_rank
+from compose.align import by_projection, common_rank, common_scale, pad_rank
 from lora_jax.errors import InputError
-from lora_jax.modules import LoRA
+from lora_jax.modules import LoRA, fold_scale
 
 Q, UP = "self_attn.q_proj", "mlp.up_proj"
 

@@ -55,6 +55,7 @@ def test_an_expression_becomes_an_adapter_with_its_provenance(
     assert record["expression"] == "chat - 0.4*toxic" and record["space"] == space
     assert record["inputs"].keys() == {"chat", "toxic"}
     assert record["base_model_name_or_path"] == str(base_folder)
+    assert "chat - 0.4*toxic" in (out / "lineage.svg").read_text()
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
 
 
@@ -106,7 +107,7 @@ def test_of_a_base_on_the_hub_only_the_config_is_fetched(compose, base_folder, c
 def test_a_base_out_of_reach_is_said_and_the_default_taken(
     tmp_path, config, random_lora, base_folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr("compose.command.DEFAULT_BASE", str(base_folder))
+    monkeypatch.setattr("compose.inputs.DEFAULT_BASE", str(base_folder))
     monkeypatch.setattr("compose.command.prepare", lambda: None)
     peft.save_adapter(tmp_path / "x", random_lora(config), config, base_name="./gone")
     run(Command("x", (f"x={tmp_path / 'x'}",), tmp_path / "out"))
@@ -190,7 +191,7 @@ def test_a_dora_is_merged_and_not_added(
 
 
 def test_what_is_composed_on_a_packaged_base_names_its_hub_id(compose, config, monkeypatch):
-    monkeypatch.setattr("compose.command.bases.load_config", lambda name: config)
+    monkeypatch.setattr("compose.inputs.bases.load_config", lambda name: config)
     for expression in ("chat", "library(chat, toxic)"):
         out = compose(expression, base="smollm2-135m", overwrite=True)
         for path in out.rglob("adapter_config.json"):

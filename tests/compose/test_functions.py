@@ -7,7 +7,7 @@ import pytest
 from compose import arithmetic
 from compose.expression import resolve
 from compose.functions import FUNCTIONS
-from compose.genknowsub import without
+from compose.genknowsub import centred, project_out, without
 from compose.library import Library, Routing
 
 spaces = pytest.mark.parametrize("space", ["delta", "factor"])
@@ -33,6 +33,8 @@ def test_each_function_is_the_papers_in_the_space(inputs, space):
         "gks(a, b, strength=0.5)": without(a, b, strength=0.5, space=space),
         "gks(a, b, strength=-1)": without(a, b, strength=-1, space=space),
         "gks(a, b, strength=--.5)": without(a, b, strength=0.5, space=space),
+        "project_out(a, b, 0.5)": project_out(a, b, strength=0.5, space=space),
+        "centred(lib)": centred(inputs["lib"], space=space),
     }
     for text, want in cases.items():
         found = resolve(text, inputs, space=space)

@@ -11,10 +11,8 @@ def test_the_record_is_json_that_can_make_the_module_again(tmp_path, config, ran
     for name, seed in (("a", 0), ("b", 1)):
         peft.save_adapter(tmp_path / name, random_lora(config, seed), config)
     found = provenance.record(
-        "a - b",
+        {"expression": "a - b", "space": "delta", "rank": 2},
         {name: tmp_path / name for name in "ab"},
-        space="delta",
-        rank=2,
         base_name="tiny",
         errors={"": {"self_attn.q_proj": jnp.array([0.5, 0.25])}},
     )

@@ -1,5 +1,7 @@
 """Columns are named recipes over named adapters."""
 
+import jax
+import numpy as np
 import pytest
 
 from compose.folder import save_library
@@ -46,3 +48,37 @@ def test_recipes_in_their_order_and_under_their_labels(folders, config):
 def test_wrong_recipes_are_refused(folders, config, recipes, message):
     with pytest.raises(InputError, match=message):
         names(recipes, folders, config)
+
+
+def test_a_number_left_open_is_a_column_for_every_value(folders, config):
+    swept = {"x": (0.0, 0.5, 1.0)}
+    found = build(["base", "less=a - {x}*mean(lib)"], folders, config, "delta", swept)
+    assert [c.name for c in found] == ["base", "less x=0", "less x=0.5", "less x=1"]
+    assert [dict(c.setting) for c in found] == [{}, {"x": 0}, {"x": 0.5}, {"x": 1}]
+    alone = build(["a - 0.5*mean(lib)"], folders, config, "delta")[0]
+    assert found[2].recipe == alone.recipe and found[2].group == "less"
+    jax.tree.map(np.testing.assert_array_equal, found[2].adapter, alone.adapter)
+
+
+def test_a_recipe_of_a_file_has_a_column_for_every_output(folders, config, base_folder, tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(
+        f"base: {base_folder}\n"
+        f"inputs: {{a: {folders['a']}, lib: {folders['lib']}}}\n"
+        "steps: {less: {ties: [a, lib], density: {d}}, routed: {arrow: [lib], top_k: 1}}\n"
+        "outputs: {out/less: less, out/routed: routed}\n"
+    )
+    found = build([str(path), f"r={path}"], folders, config, "delta", {"d": (0.5, 1.0)})
+    assert [c.name for c in found][:4] == [
+        "both.less d=0.5",
+        "both.routed d=0.5",
+        "both.less d=1",
+        "both.routed d=1",
+    ]
+    assert [c.name for c in found][4] == "r.less d=0.5"
+    by_hand = build(["ties(a, lib, density=0.5)"], folders, config, "delta")[0]
+    jax.tree.map(np.testing.assert_array_equal, found[0].adapter, by_hand.adapter)
+    assert {type(m).__name__ for m in found[1].adapter.values()} == {"Experts"}
+    path.write_text(path.read_text().replace("ties", "tees"))
+    with pytest.raises(InputError, match=r"both.yaml: line 3, .* unknown method .tees"):
+        build([str(path)], folders, config, "delta", {"d": (0.5,)})

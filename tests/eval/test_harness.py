@@ -67,6 +67,13 @@ def expected(nll, weights, adapter, tokenizer, context, answer, room=128):
     return -nats[-(len(tokens) - len(start)) :].sum()
 
 
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused(harness, base_folder):
+    bare = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+    bench = Bench(Evaluation(), bases.load_base(str(base_folder)), bare, [])
+    with pytest.raises(InputError, match="has neither a first nor a last token to begin a text"):
+        _ = harness.LoraJax(bench).prefix_token_id
+
+
 @pytest.mark.parametrize("seeded", [True, False])
 def test_log_likelihoods_are_those_of_the_plain_model(
     model, nll, weights, tokenizer, adapter, seeded

@@ -69,6 +69,13 @@ def test_what_is_wrong_is_refused_before_anything_is_loaded(
     assert not (root / "out").exists() and (root / "arc_easy" / "test.jsonl").exists()
 
 
+def test_a_task_file_may_be_on_the_hub(settings, root, hub):
+    fetched = hub(root)
+    run(settings(tasks=(), task_file=("hf://datasets/ann/tasks/arc_easy.json@v2",)))
+    assert fetched == [["arc_easy.json"]]
+    assert result(settings())["tasks"]
+
+
 def test_a_failure_leaves_no_folder_and_the_earlier_result(settings, monkeypatch):
     run(settings())
     earlier = result(settings())

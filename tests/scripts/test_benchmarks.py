@@ -3,16 +3,27 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax.families import llama
 from lora_jax.rope import Rope
 from lora_jax.routing import routed
-from scripts import arrow_cost, benchmark_training, timing
+from scripts import arrow_cost, benchmark_routing, benchmark_training, routing_cost, timing
 
 
-@pytest.mark.parametrize("name", ["benchmark_arrow", "benchmark_compile", "benchmark_training"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "benchmark_arrow",
+        "benchmark_compile",
+        "benchmark_merging",
+        "benchmark_per_example",
+        "benchmark_routing",
+        "benchmark_training",
+    ],
+)
 def test_help_is_told_before_anything_heavy_is_imported(name, pytestconfig):
     code = f"import sys; from scripts.{name} import main\ntry: main()\nexcept SystemExit: pass\n"
     command = [sys.executable, "-c", code + "print(*sys.modules)", "--help"]
@@ -34,6 +45,21 @@ def test_the_benchmarked_formulations_agree():
     x = jax.random.normal(jax.random.key(1), (7, 32))
     usual = arrow_cost.outputs_then_mix(x, experts)
     np.testing.assert_allclose(routed(x, experts), usual, atol=1e-6)
+
+
+def test_the_ways_to_route_agree_and_are_drawn(tmp_path, capsys):
+    path = tmp_path / "routing.svg"
+    sizes = ((24, 16), (8, 32))
+    settings = benchmark_routing.Settings(
+        (4, 40), sizes, tokens=6, rank=2, top_k=2, ragged=4, rounds=1, figure=path
+    )
+    routing_cost.report(settings)
+    told = capsys.readouterr().out
+    assert all(f"{inside} to {out}, 6 tokens" in told for inside, out in sizes)
+    assert "chosen alone" in told and path.read_text().count("experts in the library") == 2
+    broken = {"all": jnp.ones(3), "chosen": jnp.zeros(3)}
+    with pytest.raises(SystemExit, match="computing chosen differs from all by 1"):
+        routing_cost._refuse_difference(broken)
 
 
 def test_alternate_tells_the_slow_from_the_fast():
