@@ -59,9 +59,9 @@ def _function(method: str) -> Merging:
         *keywords,
         Parameter("space", Parameter.KEYWORD_ONLY, annotation=Space),
     ]
-    merged.__name__ = method
-    merged.__doc__ = getdoc(function_of(method))
-    merged.__signature__ = Signature(shown)
+    told = {"name": method, "doc": getdoc(function_of(method)), "signature": Signature(shown)}
+    for name, value in told.items():
+        setattr(merged, f"__{name}__", value)
     return merged
 
 

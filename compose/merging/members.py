@@ -97,7 +97,7 @@ def _own(key: Array | None, number: Array | int) -> tuple[Array, ...]:
 
 
 def _by_block(
-    formula: Callable[..., Array], stacks: tuple[LoRA, ...], key: Array | None, columns: bool
+    formula: Callable[..., Array], stacks: tuple[Any, ...], key: Array | None, columns: bool
 ) -> Array:
     """`formula` of every block, along a new axis in front."""
     length = stacks[0].b.shape[-1] if columns else stacks[0].a.shape[-2]
