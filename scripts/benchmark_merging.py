@@ -74,7 +74,9 @@ def _worker(side: str, method: str, layers: int, rounds: int) -> dict[str, float
     """One merge, by a process of its own."""
     numbers = ["--layers", str(layers), "--rounds", str(rounds), "--methods", method]
     command = [sys.executable, "-m", "scripts.benchmark_merging", "--worker", side, *numbers]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # OpenBLAS' threads spin while they wait, which costs thin decompositions more than they gain.
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
     if done.returncode:
         sys.exit(f"{side}, {method} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

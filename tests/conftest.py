@@ -25,6 +25,7 @@ from lora_jax.rope import Rope
 # Compiling, not running, is what tiny programs cost: without its optimizer XLA takes a third.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
+HARNESS_TEXT = "The quick brown fox jumps over the lazy dog."
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 SPECIAL = ("<|im_start|>", "<|im_end|>")  # ids 256 and 257, after the 256 bytes
@@ -255,6 +256,50 @@ def hub(monkeypatch):
         return fetched
 
     return put
+
+
+@pytest.fixture(scope="session")
+def harness_tasks(tmp_path_factory):
+    """A folder with a multiple-choice task, a generation task and a text, and their data."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"q": "What is red?", "choices": ["a rose", "the sea"], "label": 0, "text": HARNESS_TEXT},
+        {"q": "Which is green?", "choices": ["the sky", "grass"], "label": 1, "text": "Short."},
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"test": str(folder / "rows.jsonl")}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+    }
+    kinds = {
+        "tiny_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "Q: {{q}}\nA:",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+            "metric_list": [{"metric": "acc"}],
+        },
+        "tiny_reply": {
+            "output_type": "generate_until",
+            "doc_to_text": "Q: {{q}}\nA:",
+            "doc_to_target": "{{choices[label]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        "tiny_text": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "byte_perplexity"}],
+        },
+    }
+    for name, kind in kinds.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 
 from eval import generation
 from eval.bench import Bench
@@ -220,58 +219,16 @@ def test_a_template_without_system_turns_is_given_none(model, tokenizer, monkeyp
     assert model().apply_chat_template(turns) == "Hi"
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """A folder with a multiple-choice task, a generation task and a text, and their data."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"q": "What is red?", "choices": ["a rose", "the sea"], "label": 0, "text": TEXT},
-        {"q": "Which is green?", "choices": ["the sky", "grass"], "label": 1, "text": "Short."},
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {"test": str(folder / "rows.jsonl")}
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-    }
-    kinds = {
-        "tiny_choice": {
-            "output_type": "multiple_choice",
-            "doc_to_text": "Q: {{q}}\nA:",
-            "doc_to_choice": "choices",
-            "doc_to_target": "label",
-            "metric_list": [{"metric": "acc"}],
-        },
-        "tiny_reply": {
-            "output_type": "generate_until",
-            "doc_to_text": "Q: {{q}}\nA:",
-            "doc_to_target": "{{choices[label]}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-        "tiny_text": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "byte_perplexity"}],
-        },
-    }
-    for name, kind in kinds.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind}))
-    return folder
-
-
-def test_the_harness_evaluates_an_instance(harness, tasks, base_folder, config, adapter):
+def test_the_harness_evaluates_an_instance(harness, harness_tasks, base_folder, config, adapter):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    peft.save_adapter(tasks / "mood", adapter, config, overwrite=True)
-    lm = harness.LoraJax(base=str(base_folder), adapter=f"mood={tasks / 'mood'}")
+    peft.save_adapter(harness_tasks / "mood", adapter, config, overwrite=True)
+    lm = harness.LoraJax(base=str(base_folder), adapter=f"mood={harness_tasks / 'mood'}")
     found = simple_evaluate(
         lm,
         tasks=["tiny_choice", "tiny_reply", "tiny_text"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        task_manager=TaskManager(include_path=str(harness_tasks), include_defaults=False),
         bootstrap_iters=0,
     )
     samples = found["samples"]["tiny_choice"]
@@ -299,7 +256,7 @@ def test_the_harness_evaluates_an_instance(harness, tasks, base_folder, config, 
 
 
 @pytest.mark.slow
-def test_the_command_runs_without_torch(harness, tasks, base_folder, tmp_path):
+def test_the_command_runs_without_torch(harness, harness_tasks, base_folder, tmp_path):
     code = """
 import importlib.machinery, runpy, sys
 find = importlib.machinery.PathFinder.find_spec
@@ -309,7 +266,7 @@ sys.argv[0] = "eval.harness"
 runpy.run_module("eval.harness", run_name="__main__")
 """
     words = ["--model_args", f"base={base_folder}", "--tasks", "tiny_choice,tiny_reply"]
-    words += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
+    words += ["--include_path", str(harness_tasks), "--output_path", str(tmp_path / "out")]
     words += ["--apply_chat_template", "--limit", "1"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,12 +4,16 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 from lora_jax import checkpoint, peft
 
 pytest.importorskip("lm_eval")
+from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from eval.harness import LoraJax
 
@@ -109,6 +113,36 @@ def test_chat_templates_agree(both):
         ours.eot_token_id,
         ours.prefix_token_id,
     )
+
+
+def test_whole_evaluations_agree(both, harness_tasks, agree):
+    """The same tasks through both models: every request's answer, and every number of the tasks."""
+    name, theirs, ours = both
+    found = [evaluated(model, harness_tasks) for model in (ours, theirs)]
+    for task in TASKS:
+        answers = [[sample["resps"] for sample in one["samples"][task]] for one in found]
+        if task == "tiny_reply":
+            assert answers[0] == answers[1]
+            continue
+        plain = [np.array(jax.tree.leaves(a), float) for a in answers]
+        agree(f"{name}: {task} in the harness", *plain, 1e-2)
+    numbers = [one["results"] for one in found]
+    for task, metric in NUMBERS.items():
+        assert numbers[0][task][metric] == pytest.approx(numbers[1][task][metric], rel=1e-3)
+
+
+TASKS = ("tiny_choice", "tiny_reply", "tiny_text")
+NUMBERS = {
+    "tiny_choice": "acc,none",
+    "tiny_reply": "exact_match,none",
+    "tiny_text": "byte_perplexity,none",
+}
+
+
+def evaluated(model, tasks):
+    """What the harness finds of a model."""
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return simple_evaluate(model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)
 
 
 def test_a_real_model_agrees(smollm, agree):

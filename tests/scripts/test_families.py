@@ -22,6 +22,8 @@ from train import cli as train
 
 FAMILIES = {
     "llama": llama.Config("llama", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), tied=True),
+    "mistral": llama.Config("mistral", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), window=16),
+    "qwen2": llama.Config("qwen2", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), qkv_bias=True),
     "gpt2": gpt2.Config(264, 32, 64, 2, 4, 128),
     "phi": phi.Config(264, 32, 64, 2, 4, 4, 128, Rope(4)),
     "qwen3": llama.Config("qwen3", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), qk_norm=True),

@@ -236,6 +236,7 @@ def test_names_of_a_head_that_has_them_are_kept(classifier_folder, tmp_path, bas
 
 MESHES = """
 from pathlib import Path
+from train.config import Config
 from train.record import read_metrics
 from train.run import train
 

@@ -188,8 +188,10 @@ def test_a_mesh_trains_what_one_device_does(t5_config_of, base, run_on_devices):
     one = t5_config_of(steps=2, learning_rate=1e-2, validation=0.0, checkpoint_every=0)
     train(one, base)
     many = replace(one, out=one.out.parent / "many", mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
-    imports = "from pathlib import PosixPath; from train import config, run"
-    run_on_devices(f"{imports}; run.train(config.{many!r})")
+    run_on_devices(
+        f"from pathlib import PosixPath; from train.config import *; from train.run import train;"
+        f"train({many!r})"
+    )
     alone, meshed = (peft.load_adapter(c.out, base.config) for c in (one, many))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), meshed, alone)
     assert all(np.any(module.b) for module in alone.values())

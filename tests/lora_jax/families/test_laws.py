@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import checkpoint, models, table
+from lora_jax import checkpoint, models, quantize, table
 from lora_jax.families import gemma3, gpt2, llama, phi, phi3
+from lora_jax.quantize import dense, quantized
 from lora_jax.rope import Rope
 
 LLAMA = llama.Config("llama", 264, 32, 64, 2, 4, 2, 8, 128, Rope(8), tied=True)
@@ -159,3 +160,26 @@ def test_a_model_saved_and_loaded_is_equal(tmp_path, config, weights):
     checkpoint.save_model(tmp_path / "model", config, weights)
     loaded = checkpoint.load_weights(tmp_path / "model", checkpoint.read_config(tmp_path / "model"))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), loaded, weights))
+
+
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_a_base_in_few_bits_is_the_base_of_its_numbers(config, weights, adapter, kind):
+    """Forward and the module's gradient: exactly as with the kernels that the bits stand for."""
+    layers = weights["layers"]
+    kernels = {path: quantized(x, kind) for path, x in layers.items() if x.ndim == 3}
+    few = layers | kernels
+    back = layers | {path: dense(x, jnp.float32) for path, x in kernels.items()}
+    tokens = jnp.arange(10)[None] % 64
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(adapter, layers):
+        states = models.forward(config, {**weights, "layers": layers}, adapter, tokens).hidden
+        return jnp.sum(states * jnp.cos(jnp.arange(states.size)).reshape(states.shape))
+
+    (held, by_bits), (whole, by_numbers) = loss(adapter, few), loss(adapter, back)
+    np.testing.assert_allclose(held, whole, rtol=1e-4)
+    for ours, theirs in zip(*map(jax.tree.leaves, (by_bits, by_numbers)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+    exact = loss(adapter, layers)[0]
+    assert abs(held - exact) > 1e-3 * abs(exact) or kind == "int8"
