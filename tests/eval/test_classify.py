@@ -59,10 +59,14 @@ def test_every_text_is_in_one_batch_and_gets_its_own_labels(base, adapter):
         nll = program(base.config, base.weights, adapter, texts)
         found |= dict(zip(indices.tolist(), nll, strict=False))
     assert sorted(found) == list(range(len(IDS)))
+
+    @jax.jit
+    def alone(ids):
+        states = models.forward(base.config, base.weights, adapter, ids[None]).hidden
+        return -jax.nn.log_softmax(models.classify(base.config, base.weights, adapter, states)[0])
+
     for n, ids in enumerate(IDS):
-        hidden = models.forward(base.config, base.weights, adapter, np.array([ids])).hidden
-        alone = models.classify(base.config, base.weights, adapter, hidden)[0]
-        np.testing.assert_allclose(found[n], -jax.nn.log_softmax(alone), atol=1e-5)
+        np.testing.assert_allclose(found[n], alone(np.array(ids)), atol=1e-5)
 
 
 def test_batches_hold_about_as_many_tokens_as_asked():

@@ -83,9 +83,11 @@ def test_what_fills_a_choice_stays_within_learned_positions(random_weights):
     long = [(("c", "d"), [1, 2, 3], list(range(20 + n, 30 + n))) for n in (0, 20)]
     items = [item(requests, config.context) for requests in (full, long)]
 
+    program = jax.jit(scoring.likelihood, static_argnums=0)
+
     def scores(items):
         [(order, batch)] = batches.plan(items, tokens=4096, program=512)
-        return scoring.likelihood(config, weights, {}, batch)[: len(order), :, 0]
+        return program(config, weights, {}, batch)[: len(order), :, 0]
 
     alone = np.concatenate([scores([one]) for one in items])
     np.testing.assert_allclose(scores(items), alone, rtol=1e-4)

@@ -1,5 +1,7 @@
 """What every family gets from the one forward pass: modules beyond the layers, whole weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ def outside(config):
     }
 
 
+@partial(jax.jit, static_argnums=0)
 def logits(config, weights, adapter, tokens):
     out = models.forward(config, weights, adapter, tokens)
     return models.unembed(config, weights, adapter, out.hidden)
@@ -101,13 +104,13 @@ def test_every_module_outside_the_layers_is_trained(config, weights, outside, ra
     ones, at = jnp.ones((2, 6), jnp.int32), jnp.broadcast_to(jnp.arange(6), (2, 6))
     targets = jnp.roll(tokens, -1, axis=1)
     batch = Batch(tokens, ones, at, at, targets, jnp.ones((2, 6)))
-    gradients = jax.grad(lambda a: batch_loss(config, weights, a, batch))(outside)
+    gradients = jax.jit(jax.grad(lambda a: batch_loss(config, weights, a, batch)))(outside)
 
     def plain(adapter):
         chances = jax.nn.log_softmax(logits(config, weights, adapter, tokens))
         return -jnp.take_along_axis(chances, targets[..., None], axis=2).sum()
 
-    wanted = jax.grad(plain)(outside)
+    wanted = jax.jit(jax.grad(plain))(outside)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), gradients, wanted
     )

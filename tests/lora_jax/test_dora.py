@@ -71,10 +71,10 @@ def test_no_gradient_passes_through_the_norm(module, kernel):
         changed = kernel + module.scale * module.a @ module.b
         return jnp.sum(jnp.sin(x @ (module.magnitude * changed / norms)))
 
-    got = jax.grad(lambda m: jnp.sum(jnp.sin(project(x, kernel, None, m))))(module)
-    want = jax.grad(held)(module)
+    got = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(project(x, kernel, None, m)))))(module)
+    want = jax.jit(jax.grad(held))(module)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
-    free = jax.grad(lambda m: jnp.sum(jnp.sin(x @ whole(kernel, m))))(module)
+    free = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(x @ whole(kernel, m)))))(module)
     assert not np.allclose(free.a, want.a, atol=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_a_merged_base_equals_the_adapted_base(config, weights, adapter, random_
         unmerge(weights, adapter)
 
 
-def test_embedding_and_unembedding(config, weights, random_tokens):
+def test_embedding_and_unembedding(config, weights, random_tokens, hidden):
     """Each for itself, though the base has one for both; merged, it has two."""
     keys = jax.random.split(jax.random.key(0), 4)
     lora = {
@@ -124,10 +124,10 @@ def test_embedding_and_unembedding(config, weights, random_tokens):
         module, tokens = lora[path], random_tokens(1, 5)
         dora = DoRA(module.a, module.b, jnp.linspace(0.5, 2, rows))
         adapter = {path: dora}
-        out = models.forward(config, weights, adapter, tokens).hidden
+        out = hidden(config, weights, adapter, tokens)
         logits = models.unembed(config, weights, adapter, out)
         changed = {**weights, "unembed": weights["embed"].T, path: whole(kernels[path], dora)}
-        hidden = models.forward(config, changed, {}, tokens).hidden
-        np.testing.assert_allclose(logits, hidden @ changed["unembed"], atol=1e-3)
+        states = hidden(config, changed, {}, tokens)
+        np.testing.assert_allclose(logits, states @ changed["unembed"], atol=1e-3)
         merged = merge(weights, adapter)
         np.testing.assert_allclose(merged[path], changed[path], atol=1e-4)

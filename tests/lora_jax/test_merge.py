@@ -93,11 +93,13 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_each_side_of_one_embedding_changes_for_itself(config, weights, random_tokens, name):
+def test_each_side_of_one_embedding_changes_for_itself(
+    config, weights, random_tokens, hidden, name
+):
     """Before merging as after it; what has no bias to go to stays an adapter."""
     path, tokens = name.split(",")[0], random_tokens(1, 5)
-    adapter, plain = {path: HEADS[name]}, models.forward(config, weights, {}, tokens).hidden
-    states = models.forward(config, weights, adapter, tokens).hidden
+    adapter, plain = {path: HEADS[name]}, hidden(config, weights, {}, tokens)
+    states = hidden(config, weights, adapter, tokens)
     assert np.allclose(states, plain, atol=1e-6) == (path == "unembed")
     got, old = (models.unembed(config, weights, a, states) for a in (adapter, {}))
     assert np.allclose(got, old, atol=1e-6) == (path == "embed")
@@ -106,7 +108,7 @@ def test_each_side_of_one_embedding_changes_for_itself(config, weights, random_t
         np.testing.assert_allclose(got - old, added, atol=1e-3)
         return
     merged = merge(weights, adapter)
-    after = models.unembed(config, merged, {}, models.forward(config, merged, {}, tokens).hidden)
+    after = models.unembed(config, merged, {}, hidden(config, merged, {}, tokens))
     np.testing.assert_allclose(after, got, atol=1e-4)
 
 

@@ -40,13 +40,13 @@ def test_the_levels_are_quantiles_of_a_normal_distribution():
 
 
 @pytest.mark.parametrize("kind", quantize.KINDS)
-@given(size=st.integers(1, 3 * BLOCK + 5), out=st.integers(1, 4), seed=st.integers(0, 99))
+@given(size=st.sampled_from((1, BLOCK - 1, BLOCK, 3 * BLOCK + 5)), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_every_number_is_its_blocks_nearest_level(kind, size, out, seed):
-    kernel = np.random.default_rng(seed).standard_normal((size, out)).astype(np.float32)
+def test_every_number_is_its_blocks_nearest_level(kind, size, seed):
+    kernel = np.random.default_rng(seed).standard_normal((size, 3)).astype(np.float32)
     found = np.asarray(dense(quantized(kernel, kind), jnp.float32))
     assert found.shape == kernel.shape
-    for column in range(out):
+    for column in range(3):
         np.testing.assert_allclose(
             found[:, column], by_definition(kernel[:, column], kind), atol=1e-6
         )

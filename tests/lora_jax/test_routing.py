@@ -99,7 +99,7 @@ def test_gradients_through_the_router_are_finite_and_reach_the_prototypes():
     def loss(prototypes):
         return jnp.sum(routed(X, library().replace(prototypes=prototypes)) ** 2)
 
-    gradient = jax.grad(loss)(library().prototypes)
+    gradient = jax.jit(jax.grad(loss))(library().prototypes)
     assert jnp.isfinite(gradient).all() and gradient.any()
 
 

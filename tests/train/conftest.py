@@ -73,19 +73,26 @@ def config_of(base_folder, sums, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def programs():
-    """What the runs here compile, kept so that runs alike compile once."""
+    """What the runs here compile, kept so that runs alike compile once: a function from a config.
+
+    Alike are those that differ in their data alone, or in when they validate and save.
+    """
     make, made = run_file.make_programs, {}
 
+    def alike(config):
+        elsewhere = {"data": (), "out": Path(), "start_from": None, "validation_data": ()}
+        elsewhere |= {"validation": 0.0, "evaluate_every": 0, "checkpoint_every": 0}
+        return replace(config, resume=False, overwrite=False, **elsewhere)
+
     def kept(config, *rest):
-        elsewhere = {"data": (), "out": Path(), "start_from": None}
-        key = replace(config, resume=False, overwrite=False, **elsewhere), *rest
+        key = alike(config), *rest
         if key not in made:
             made[key] = make(config, *rest)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_file, "make_programs", kept)
-        yield made
+        yield lambda config: next(m for (key, *_), m in made.items() if key == alike(config))
 
 
 @pytest.fixture(scope="session")
