@@ -32,7 +32,8 @@ def matching(
     compiled = _compiled(pattern)
     for name in names:
         try:
-            left = max(patience.left - (time.monotonic() - began), 1e-3)
+            if (left := patience.left - (time.monotonic() - began)) <= 0:
+                raise TimeoutError
             if match := compiled.fullmatch(name, timeout=left):
                 found[name] = match
         except TimeoutError:
