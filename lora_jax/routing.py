@@ -57,11 +57,13 @@ def all_experts(x: jax.Array, experts: Experts) -> jax.Array:
     """
     dots, inner = _products(x, experts, every=True)
     assert inner is not None
-    weights = _weights(x, experts, dots, inner).astype(x.dtype)[..., None]
+    weights = _weights(x, experts, dots, inner).astype(x.dtype)
     if experts.mixing == "factors":
-        inner = jnp.sum(inner * weights, axis=-2, keepdims=True)
+        mixed = jnp.sum(inner * weights[..., None], axis=-2, keepdims=True)
+        inner = jnp.broadcast_to(mixed, inner.shape)
     b = rearrange(experts.b, "M R O -> (M R) O").astype(x.dtype)
-    return rearrange(inner * weights, "... M R -> ... (M R)") @ b
+    flat = rearrange(inner, "... M R -> ... (M R)")
+    return (flat * jnp.repeat(weights, inner.shape[-1], axis=-1)) @ b
 
 
 def chosen_experts(x: jax.Array, experts: Experts) -> jax.Array:
