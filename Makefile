@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 MARKS ?= not slow and not parity
+WORKERS ?= 2# processes that tests run in; each may take a few GiB
 
 .PHONY: demo test lint parity bench clean
 
@@ -10,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -m "$(MARKS)" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKS)" $(ARGS)
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

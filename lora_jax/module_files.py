@@ -21,7 +21,7 @@ CHOICES = {
     "inputs": ("raw", "unit", "standard"),
     "weighting": ("softmax", "uniform", "sigmoid"),
 }
-ADDED = ("score", "inputs", "weighting")  # settings that older records do not have
+ADDED = ("score", "inputs", "weighting", "leading")  # settings that older records do not have
 ROUTES = ("prototypes", "spectrum", "shares")
 RECORD, WEIGHTS = "modules.json", "modules.safetensors"
 

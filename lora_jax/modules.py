@@ -75,6 +75,7 @@ class Experts:
     weighting: str = struct.field(pytree_node=False, default="softmax")  # or "uniform", "sigmoid"
     spectrum: jax.Array | None = None  # (..., M, R), how each rank of x·a counts in a score
     shares: jax.Array | None = None  # (..., M), or (..., B, M) by example: the weights themselves
+    leading: bool = struct.field(pytree_node=False, default=False)  # prototypes are a's first rank
 
 
 @struct.dataclass

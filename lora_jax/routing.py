@@ -82,19 +82,24 @@ def _products(
 
     The latter is None where neither the scores need it nor `every` expert is asked for.
     """
-    count, _, rank = experts.a.shape
-    columns = [] if experts.prototypes is None else [experts.prototypes.T]
-    if inside := every or experts.spectrum is not None:
-        columns.append(rearrange(experts.a, "M I R -> I (M R)"))
+    rank = experts.a.shape[-1]
+    inside = every or experts.spectrum is not None
+    apart = experts.prototypes is not None and not (inside and experts.leading)
+    columns = [rearrange(experts.a, "M I R -> I (M R)")] if inside else []
+    if apart and experts.prototypes is not None:
+        columns.append(experts.prototypes.T)
     if not columns:
         return None, None
     # Prototypes and a's meet x in one product: thin ones cost by their number, not their width.
     # Its sums stay in float32, or bfloat16 would make ties where there are none.
     thin = jnp.concatenate(columns, axis=1).astype(x.dtype)
     both = jnp.matmul(x, thin, preferred_element_type=jnp.float32)
-    dots = None if experts.prototypes is None else both[..., :count]
-    inner = rearrange(both[..., -count * rank :], "... (M R) -> ... M R", M=count)
-    return dots, inner.astype(x.dtype) if inside else None
+    ranks = columns[0].shape[1] if inside else 0
+    dots = None
+    if experts.prototypes is not None:
+        dots = both[..., ranks:] if apart else both[..., ::rank]
+    inner = rearrange(both[..., :ranks], "... (M R) -> ... M R", R=rank).astype(x.dtype)
+    return dots, inner if inside else None
 
 
 def _scores(

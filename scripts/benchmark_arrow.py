@@ -14,6 +14,7 @@ class Settings:
 
     forward: tuple[int, ...] = (10, 100)  # experts a library, for the whole forward pass
     projection: tuple[int, ...] = (10, 32, 100)  # experts a library, for the one projection
+    rounds: int = 25  # of the forward passes, each against the plain one beside it
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     settings = tyro.cli(Settings, prog="python -m scripts.benchmark_arrow")
     from scripts import arrow_cost
 
-    arrow_cost.routed_forward(settings.forward)
+    arrow_cost.routed_forward(settings.forward, settings.rounds)
     arrow_cost.routed_projection(settings.projection)
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,12 @@ from rich.table import Table
 def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """The median seconds of each candidate, after a warm-up, taken in turns so that all share the
     machine's good and bad moments."""
+    taken = in_turns(candidates, rounds)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each candidate in every round, after a warm-up."""
     import jax  # not before a benchmark's arguments are read
 
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -22,7 +28,13 @@ def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> d
             began = time.perf_counter()
             jax.block_until_ready(candidate())
             times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
+
+
+def ratio(times: Sequence[float], against: Sequence[float]) -> float:
+    """The median over the rounds of what `times` were of `against`: each round by itself, so that a
+    machine's slow minutes weigh on both."""
+    return statistics.median(one / other for one, other in zip(times, against, strict=True))
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -70,10 +71,20 @@ def factors(adapters: Sequence[Adapter]) -> Factors:
 
 
 def _arrow(table: Factors, routing: Routing, _: Sequence[Vectors]) -> dict[str, Experts]:
-    """Arrow (2405.11157, section 3.2): the direction that each delta amplifies most."""
-    shared = routing.prototypes == "shared"
-    rows = shared_prototypes(table) if shared else own_prototypes(table)
-    return _compared(table, routing, rows, score="absolute")
+    """Arrow (2405.11157, section 3.2): the direction that each delta amplifies most.
+
+    Where the factors may be rotated it is the first column of each `a`, and so x·a has what a token
+    scores already: the prototypes' own product is a fifth of what rank 4 takes of x.
+    """
+    if routing.prototypes == "shared":
+        return _compared(table, routing, shared_prototypes(table), score="absolute")
+    if routing.mixing == "factors" or routing.inputs in ("centred", "standard"):
+        return _compared(table, routing, own_prototypes(table), score="absolute")
+    turned = {path: spectral(a, b) for path, (a, b) in table.items()}
+    rows = {path: u[..., 0] for path, (u, _, _) in turned.items()}
+    factors = {path: (u, rest) for path, (u, _, rest) in turned.items()}
+    found = _compared(factors, routing, rows, score="absolute")
+    return {path: replace(held, leading=True) for path, held in found.items()}
 
 
 def _spectr(table: Factors, routing: Routing, _: Sequence[Vectors]) -> dict[str, Experts]:

@@ -117,7 +117,7 @@ def _joined(held: Experts, new: Experts) -> Experts:
         first, second = (getattr(one, name) for one in both)
         if first is not None:
             leaves[name] = jnp.concatenate([first, second.astype(first.dtype)], axis=axis)
-    return replace(held, **leaves)
+    return replace(held, leading=held.leading and new.leading, **leaves)
 
 
 def _padded(held: Experts, rank: int) -> Experts:

@@ -8,13 +8,13 @@ import pytest
 from compose import arithmetic
 from compose.arrow import route_library
 from compose.library import Library, Routing, join
-from compose.routing.build import route
+from compose.routing.build import factors, route
 from compose.routing.directions import shared_prototypes
 from compose.routing.given import oracle, with_weights
 from compose.routing.settings import ACTIVATIONS, GATES, SPECTR, UNIFORM
 from lora_jax.errors import InputError
 from lora_jax.project import project
-from lora_jax.routing import mixture
+from lora_jax.routing import mixture, routed
 
 QKV = [f"self_attn.{name}_proj" for name in "qkv"]
 Q, K, LAST = QKV[0], QKV[1], "self_attn.o_proj"
@@ -82,6 +82,30 @@ def test_queries_of_another_sequence_share_nothing_with_its_keys():
     }
     q, k, v = shared_prototypes(table).values()
     assert (k == v).all() and not np.allclose(q, k)
+
+
+@pytest.mark.parametrize("inputs", ["raw", "unit"])
+def test_turned_factors_score_and_add_what_prototypes_beside_them_do(library, members, inputs):
+    turned = at_layer(route_library(library, inputs=inputs, top_k=2)[Q])
+    assert turned.leading
+    np.testing.assert_array_equal(turned.a[..., 0], turned.prototypes)
+    apart = replace(turned, leading=False)
+    np.testing.assert_allclose(mixture(X, turned), mixture(X, apart), atol=1e-6)
+    np.testing.assert_allclose(routed(X, turned), routed(X, apart), atol=1e-6)
+    np.testing.assert_allclose(turned.a @ turned.b, deltas(members, Q), atol=1e-6)
+    products = [e for e in jax.make_jaxpr(routed)(X, turned).eqns if "dot" in str(e.primitive)]
+    assert [e.outvars[0].aval.shape[-1] for e in products] == [turned.a[..., 0, :].size, 32]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mixing": "factors"}, {"inputs": "centred"}, {"prototypes": "shared"}]
+)
+def test_factors_that_may_not_turn_are_the_modules_own(library, settings):
+    given = factors(library.adapters)[Q]
+    held = route_library(library, **settings)[Q]
+    assert not held.leading
+    np.testing.assert_array_equal(held.a, given[0])
+    np.testing.assert_array_equal(held.b, given[1])
 
 
 @pytest.mark.parametrize(
