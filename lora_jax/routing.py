@@ -17,6 +17,7 @@ from einops import rearrange
 from lora_jax import selected
 from lora_jax.modules import Experts
 
+_FEW = 16  # experts that are sorted by themselves
 _EPS = 1e-6  # below any length or deviation of a token that says something
 
 
@@ -144,20 +145,34 @@ def _over_best(
     scores: jax.Array, top_k: int, temperature: float, *, even: bool = False
 ) -> jax.Array:
     """A softmax (..., M) over the `top_k` largest scores, or the same weight for each of them."""
-    best = scores >= _kth_largest(scores, top_k)
-    return jax.nn.softmax(jnp.zeros_like(scores) if even else scores / temperature, where=best)
+    first, last = jax.lax.stop_gradient(_first_and_kth(scores, top_k))
+    heights = jnp.ones_like(scores) if even else jnp.exp((scores - first) / temperature)
+    kept = jnp.where(scores >= last, heights, 0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
 
 
-def _kth_largest(logits: jax.Array, k: int) -> jax.Array:
-    """The k-th largest of the last axis, kept; k passes of a maximum beat a sort for k so small."""
+def _first_and_kth(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The largest and the k-th largest of the last axis, kept, of which a few are equal at times.
+
+    Few experts are sorted into k places one by one, all in one loop over the tokens; of many it is
+    k passes of a maximum, which beat a sort for k so small.
+    """
     if k > 8:
-        return jax.lax.top_k(logits, k)[0][..., -1:]
-    floor = jnp.max(logits, axis=-1, keepdims=True)
+        best = jax.lax.top_k(scores, k)[0]
+        return best[..., :1], best[..., -1:]
+    if scores.shape[-1] <= _FEW:
+        places = [jnp.full_like(scores[..., :1], -jnp.inf)] * k
+        for expert in range(scores.shape[-1]):
+            rest = scores[..., expert : expert + 1]
+            for n, held in enumerate(places):
+                places[n], rest = jnp.maximum(held, rest), jnp.minimum(held, rest)
+        return places[0], places[-1]
+    first = floor = jnp.max(scores, axis=-1, keepdims=True)
     for _ in range(k - 1):
-        below = jnp.max(logits, axis=-1, keepdims=True, where=logits < floor, initial=-jnp.inf)
-        ties = jnp.sum(logits >= floor, axis=-1, keepdims=True)
+        below = jnp.max(scores, axis=-1, keepdims=True, where=scores < floor, initial=-jnp.inf)
+        ties = jnp.sum(scores >= floor, axis=-1, keepdims=True)
         floor = jnp.where(ties < k, below, floor)
-    return floor
+    return first, floor
 
 
 def _chosen(
