@@ -12,8 +12,9 @@ def main() -> None:
     """Measures; what cannot be used is told in one line, with status 2."""
     try:
         config = tyro.cli(Evaluation, prog="lora-eval", config=(tyro.conf.FlagCreatePairsOff,))
-        from lora_jax import runtime
+        from lora_jax import runtime, wheels
 
+        wheels.accept(config.accept)
         runtime.prepare()
         from eval.run import run
 

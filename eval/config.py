@@ -22,6 +22,8 @@ class Evaluation:
     """Built-in tasks to measure."""
     base: str = "smollm2-135m"
     """The base model: a known name, a folder, a GGUF file or hf://USER/REPO."""
+    accept: Literal["", "gemma"] = ""
+    """The terms of a base model, once you have read them: gemma."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Hold the base's projections in few bits: QLoRA's NF4, or 8."""
     adapters: Annotated[tuple[str, ...], arg(metavar="NAME=FOLDER ...")] = ()

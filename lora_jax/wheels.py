@@ -89,6 +89,11 @@ def packaged(name: str) -> str:
     return next((key for key, wheel in WHEELS.items() if wheel.published == name), name)
 
 
+def accept(terms: str) -> None:
+    """Accepts the terms of these names, as ACCEPT in the environment does, for this process."""
+    os.environ[ACCEPT] = ",".join([*filter(None, [os.environ.get(ACCEPT), terms])])
+
+
 def refuse_unaccepted(model: str, terms: Terms | None) -> None:
     """Refuses a model whose terms were never accepted; an acceptance is kept beside the model."""
     if terms is None:
@@ -99,7 +104,8 @@ def refuse_unaccepted(model: str, terms: Terms | None) -> None:
     if terms.name not in os.environ.get(ACCEPT, "").split(","):
         raise InputError(
             f"{model} is under terms that you have to accept first: read {terms.address}, then "
-            f"set {ACCEPT}={terms.name} (once; it is remembered in {kept})"
+            f"give lora-train or lora-eval --accept {terms.name}, or set {ACCEPT}={terms.name} "
+            f"(once; it is remembered in {kept})"
         )
     write_json(kept, {"accepted": terms.address})
 

@@ -35,8 +35,9 @@ def main() -> None:
     """Trains a module; what cannot be used is told in one line, with status 2."""
     try:
         config = parse(sys.argv[1:])
-        from lora_jax import runtime
+        from lora_jax import runtime, wheels
 
+        wheels.accept(config.accept)
         runtime.prepare()
         from train.run import train
 

@@ -35,6 +35,7 @@ class Config:
     data: Data  # .jsonl and .txt files, hf://datasets/USER/REPO/FILE, hub:NAME[:SPLIT]
     out: Path  # folder of the adapter, its metrics, its loss curve and its checkpoints
     base: str = "smollm2-135m"  # "smollm2-135m", a Hugging Face folder, a GGUF file, hf://USER/REPO
+    accept: Literal["", "gemma"] = ""  # the terms of a base model, once you have read them: gemma
     quantize: Literal["none", "int8", "nf4"] = "none"  # holds the frozen projections in few bits
     preset: Preset = ""
 
@@ -145,7 +146,9 @@ def _flag(name: str) -> str:
 
 
 # What a resumed run may change without becoming another run.
-_FREE = {"resume", "overwrite", "checkpoint_every", "out", "mesh_data", "mesh_fsdp", "mesh_tensor"}
+_FREE = {"accept", "checkpoint_every", "out", "overwrite", "resume"} | {
+    f"mesh_{axis}" for axis in ("data", "fsdp", "tensor")
+}
 _FREE |= {"learning_rate", "clip"}  # what a run that diverged needs
 
 

@@ -108,6 +108,16 @@ def test_terms_that_nobody_accepted_keep_a_model_away(cache, monkeypatch, said):
     assert not cache.exists()
 
 
+def test_a_flag_accepts_as_the_environment_does(cache, monkeypatch):
+    monkeypatch.setenv(wheels.ACCEPT, "other")
+    wheels.accept("")
+    with pytest.raises(InputError, match="--accept gemma"):
+        wheels.refuse_unaccepted("gemma3-270m", GEMMA.terms)
+    wheels.accept("gemma")
+    assert wheels.os.environ[wheels.ACCEPT] == "other,gemma"
+    wheels.refuse_unaccepted("gemma3-270m", GEMMA.terms)
+
+
 @pytest.mark.parametrize("said", ["gemma", "llama,gemma"])
 def test_terms_accepted_once_are_remembered_beside_the_model(cache, monkeypatch, said):
     monkeypatch.setitem(wheels.WHEELS, "gemma3-270m", WHOLE)

@@ -109,10 +109,10 @@ def _plain(name):
 
 def _paired(config, gradients, found):
     """Our gradients and torch's, tensor by tensor, turned as torch has them."""
-    from lora_jax import models
+    from lora_jax.peft import names
     from lora_jax.table import module_path
 
-    leaves = {module_path(key): leaf for key, leaf in models.table(config).items()}
+    leaves = {module_path(key): leaf for key, leaf in names.table(config).items()}
     for path, module in gradients.items():
         leaf = leaves[path]
         arrays = {key: value for key, value in vars(module).items() if hasattr(value, "ndim")}
@@ -120,7 +120,7 @@ def _paired(config, gradients, found):
             for key, array in arrays.items():
                 ours = np.asarray(array[layer] if leaf.stacked else array)
                 role = f"{stored.removesuffix('.weight')}.{ROLES[key]}" if key in ROLES else stored
-                yield ours.T, found[role]
+                yield ours.T if key in ROLES or leaf.transposed else ours, found[role]
 
 
 @pytest.fixture(scope="session")

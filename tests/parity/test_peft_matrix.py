@@ -8,6 +8,7 @@ import warnings
 from functools import partialmethod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from compose.arrow import route_library
 from compose.genknowsub import genknowsub
 from compose.library import Library
-from lora_jax import models, peft
+from lora_jax import export, models, peft
 from lora_jax.modules import init_lora
 
 # transformers' classes and settings, and what the family calls its modules: two projections of the
@@ -34,6 +35,8 @@ BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
 MODELS = {
     "llama": ("LlamaForCausalLM", {}, LLAMA),
     "llama, tied, biases": ("LlamaForCausalLM", BIASED, LLAMA),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 4}, LLAMA),
+    "qwen2": ("Qwen2ForCausalLM", {}, LLAMA),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}, LLAMA),
     "phi3": (
         "Phi3ForCausalLM",
@@ -119,7 +122,7 @@ OPTIONS = {
     },
 }
 # PEFT has no default there.
-IMPOSSIBLE = {("ia3, its default", "phi3"), ("ia3, its default", "qwen3")}
+IMPOSSIBLE = {("ia3, its default", name) for name in ("phi3", "qwen2", "qwen3")}
 CASES = [
     (name, option)
     for name, (_, _, words) in MODELS.items()
@@ -165,13 +168,18 @@ def tokens(random_tokens):
     return np.asarray(random_tokens(2, 7)) % 60 + 2
 
 
-def theirs(model, tokens):
+def in_tensors(model, tokens):
     """A torch model's logits: of tokens, of labels, or of a decoder that reads the same tokens."""
     given = {"input_ids": torch.tensor(tokens)}
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = given["input_ids"]
+    return model(**given).logits
+
+
+def theirs(model, tokens):
+    """The same as an array."""
     with torch.no_grad():
-        return model(**given).logits.numpy()
+        return in_tensors(model, tokens).numpy()
 
 
 def ours(config, weights, adapter, tokens):
@@ -212,6 +220,46 @@ def test_an_adapter_of_pefts_comes_and_goes(
     told = [str(w.message) for w in caught]
     assert not [text for text in told if not any(k in text for k in (*known, *heads))]
     agree(f"{name}, {option}, saved again", theirs(again, tokens), want, 1e-4)
+
+
+@pytest.fixture
+def adapted(tmp_path, base, with_modules):
+    """A function from a case to the torch model under an adapter, and ours: config and so on."""
+
+    def make(name, option):
+        folder, config, weights = base(name)
+        model = with_modules(in_torch(folder), settings_of(name, option), 0.1)
+        model.save_pretrained(tmp_path / "theirs")
+        return model, config, weights, peft.load_adapter(tmp_path / "theirs", config)
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("option", ["all-linear", "dora", "ia3", "modules_to_save"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_torchs(adapted, tokens, agree_on_gradients, name, option):
+    model, config, weights, adapter = adapted(name, option)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(adapter):
+        return jnp.mean(jnp.square(ours(config, weights, adapter, tokens)))
+
+    wanted = in_tensors(model, tokens).square().mean()
+    agree_on_gradients(f"{name}, {option}", config, loss(adapter), wanted, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("option", ["all-linear", "dora", "ia3", "modules_to_save"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merged_model_is_transformers_own(tmp_path, base, adapted, tokens, agree, name, option):
+    model, _, _, adapter = adapted(name, option)
+    export.save_merged(tmp_path / "whole", str(base(name)[0]), adapter)
+    kind = type(in_torch(base(name)[0]))
+    whole, told = kind.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(told.values())
+    agree(f"{name}, {option}, merged", theirs(whole.eval(), tokens), theirs(model, tokens), 1e-4)
 
 
 ROUTED = [name for name in MODELS if name not in ("llama, tied, biases", "roberta")]

@@ -50,7 +50,7 @@ def test_every_setting_that_shapes_the_result_must_be_the_same(config_of):
     refuse_other_run(config_of(), saved)
     free = {"resume": True, "overwrite": True, "checkpoint_every": 9, "out": config_of().base}
     refuse_other_run(replace(config_of(), **free, mesh_data=2, mesh_fsdp=2, mesh_tensor=2), saved)
-    free |= {"learning_rate": 1e-9, "clip": 0.1}
+    free |= {"learning_rate": 1e-9, "clip": 0.1, "accept": "gemma"}
     fixed = {f.name for f in fields(Config)} - {*free, "mesh_data", "mesh_fsdp", "mesh_tensor"}
     for name in fixed:
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')} was "):

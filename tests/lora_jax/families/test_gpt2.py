@@ -21,19 +21,6 @@ def weights(config, random_weights):
     return random_weights(config)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "count"),
-    [((768, 3072, 12, 12), 124_439_808), ((1280, 5120, 36, 20), 774_030_080)],
-)
-def test_real_models_have_their_size(sizes, count):
-    config = gpt2.Config(50_257, *sizes, context=1024)
-    weights = table.abstract(models.table(config))
-    assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == count
-    run = lambda weights, tokens: models.forward(config, weights, {}, tokens).hidden  # noqa: E731
-    states = jax.eval_shape(run, weights, jax.ShapeDtypeStruct((2, 16), jnp.int32))
-    assert states.shape == (2, 16, config.width)
-
-
 def test_a_text_longer_than_the_positions_is_refused(config, weights):
     with pytest.raises(InputError, match=r"a text of 9 tokens: .* has learned 8 positions"):
         models.forward(config, weights, {}, jnp.zeros((1, 9), jnp.int32))
