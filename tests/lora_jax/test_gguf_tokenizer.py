@@ -1,5 +1,6 @@
 """SentencePiece's BPE out of GGUF metadata; byte-level BPE is in test_gguf.py, with its models."""
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -55,7 +56,12 @@ def metadata(words, scores=None):
 
 
 def reference(meta, text):
-    """SentencePiece's own way: split what is defined out, then merge the best neighbours."""
+    """The ids of one text, SentencePiece's own way."""
+    return sentencepiece(meta)(text)
+
+
+def sentencepiece(meta):
+    """A function that splits what is defined out of a text, then merges the best neighbours."""
     listed, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     number = {token: n for n, token in enumerate(listed)}
     scores = {
@@ -64,15 +70,20 @@ def reference(meta, text):
         if type_ == 1
     }
     whole = {token for token, type_ in zip(listed, types, strict=True) if type_ in (3, 4)}
-    ids = []
-    for piece in split(text, whole, max(map(len, whole))):
-        if piece in whole:
-            ids.append(number[piece])
-            continue
-        for symbol in merged(list(piece.replace(" ", "▁")), scores):
-            spelt = [symbol] if symbol in scores else [f"<0x{b:02X}>" for b in symbol.encode()]
-            ids += [number[token] for token in spelt]
-    return ids
+    longest = max(map(len, whole))
+
+    def cut(text):
+        ids = []
+        for piece in split(text, whole, longest):
+            if piece in whole:
+                ids.append(number[piece])
+                continue
+            for symbol in merged(list(piece.replace(" ", "▁")), scores):
+                spelt = [symbol] if symbol in scores else [f"<0x{b:02X}>" for b in symbol.encode()]
+                ids += [number[token] for token in spelt]
+        return ids
+
+    return cut
 
 
 def split(text, whole, longest):
@@ -235,11 +246,22 @@ UNUSUAL = [
 def test_the_real_tokenizer_cuts_as_sentencepiece_does_and_round_trips(gemma):
     tokenizer = tokens.load_tokenizer(gemma.folder)
     raw = read_json(gemma.folder / "tokenizer.json")
-    meta = real_metadata(raw)
-    for text in [*UNUSUAL, *(line for some in SENTENCES.values() for line in some)]:
-        ids = tokens.encode(tokenizer, [text])[0]
-        assert ids == reference(meta, text)
+    cut = sentencepiece(real_metadata(raw))
+    texts = [*UNUSUAL, *(line for some in SENTENCES.values() for line in some), *shuffled(3000)]
+    for text, ids in zip(texts, tokens.encode(tokenizer, texts), strict=True):
+        assert ids == cut(text)
         assert tokenizer.decode(ids) == text
+
+
+def shuffled(count):
+    """So many texts of the sentences' words, of unusual texts and of single characters."""
+    draw = random.Random(0)
+    words = [word for some in SENTENCES.values() for line in some for word in line.split()]
+    for _ in range(count):
+        pools = draw.choices(
+            [words, UNUSUAL, MIXED.replace("▁", "")], [8, 1, 3], k=draw.randint(1, 12)
+        )
+        yield "".join(draw.choice(pool) + draw.choice(["", " ", " ", "  ", "\n"]) for pool in pools)
 
 
 def real_metadata(raw):
