@@ -2,12 +2,16 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
+import yaml
 
 from compose import cli
 from compose.inputs import load_input
 from lora_jax import peft
 
-DOCS = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text()
+FOLDER = Path(__file__).parents[3] / "docs"
+DOCS = (FOLDER / "recipes.md").read_text()
+EXAMPLES = sorted((FOLDER / "examples").glob("*.yaml"))
 
 
 def blocks(language):
@@ -34,3 +38,23 @@ def test_the_examples_run_and_say_the_same(
     assert load_input(Path("out/routed"), config).names == ("clean", "code")
     assert Path("out/both/lineage.svg").exists() and Path("out/both/provenance.json").exists()
     assert {leaf.shape[0] for leaf in jax.tree.leaves(scope["many"])} == {5}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_worked_examples_run(
+    tmp_path, monkeypatch, config, random_lora, base_folder, capsys, example
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("compose.recipe.command.prepare", lambda: None)
+    recipe = yaml.safe_load(example.read_text())
+    for seed, folder in enumerate(recipe["inputs"].values()):
+        peft.save_adapter(Path(folder), random_lora(config, seed), config)
+    Path("recipe.yaml").write_text(
+        yaml.safe_dump({"base": str(base_folder)} | recipe, sort_keys=False)
+    )
+    monkeypatch.setattr("sys.argv", ["lora-compose", "recipe.yaml"])
+    cli.main()
+    for folder in recipe["outputs"]:
+        load_input(Path(folder), config)
+        assert (Path(folder) / "lineage.svg").exists()
+    assert "no output needs" not in capsys.readouterr().err
