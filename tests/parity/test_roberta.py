@@ -90,6 +90,16 @@ def test_what_we_save_computes_the_same_there(tmp_path, theirs, base, batch, agr
     agree("RoBERTa, saved by us", ours(*base, {}, batch), found, 1e-4)
 
 
+def test_packed_texts_are_each_as_alone(pair, batch, agree):
+    """One row of three texts: the states of each are torch's of it by itself."""
+    model, config, weights = pair("RobertaForMaskedLM", RANDOM[1])
+    tokens, segments = batch
+    packed, told = tokens[segments > 0], (np.arange(1, 4)[:, None] * segments)[segments > 0]
+    states = models.forward(config, weights, {}, packed[None], segments=told[None]).hidden[0]
+    whole = torchs(model, batch, output_hidden_states=True).hidden_states[-1].detach().numpy()
+    agree("RoBERTa, packed", states, whole[segments > 0], 1e-4)
+
+
 def test_a_masked_language_model_is_a_base_with_a_new_head(pair, batch, agree):
     model, config, weights = pair("RobertaForMaskedLM", RANDOM[1])
     tokens, segments = batch

@@ -119,6 +119,19 @@ def test_what_we_save_computes_the_same_there(
     agree(f"T5 {name}, saved by us", ours, torch_logits(model, source, target)[real], 1e-4)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_packed_texts_are_each_as_alone(pair, name, source, target, logits, torch_logits, agree):
+    """One row of all sources and one of all targets, each of which reads its own source."""
+    model, config, weights = pair(name)
+
+    def packed(tokens, segments):
+        told = (np.arange(1, len(segments) + 1)[:, None] * segments)[segments > 0]
+        return tokens[segments > 0][None], told[None].astype(np.int32)
+
+    found = logits(config, weights, {}, packed(*source), packed(*target))[0]
+    agree(f"{name}, packed", found, torch_logits(model, source, target)[target[1] > 0], 1e-4)
+
+
 def test_buckets_are_transformers():
     distances = np.arange(-700, 701)
     for both, count, far in [(True, 32, 128), (False, 32, 128), (True, 8, 12), (False, 10, 50)]:
