@@ -51,7 +51,8 @@ def _form(module: Module) -> str:
             told = ("mixing", "score", "inputs", "weighting")
             settings = ", ".join(str(getattr(module, name)) for name in told)
             settings = f"top_k {module.top_k}, temperature {module.temperature}, {settings}"
-            return f"routed experts ({a.shape} to {b.shape}, {settings})"
+            turned = ", turned to their prototypes" if module.leading else ""
+            return f"routed experts ({a.shape} to {b.shape}, {settings}{turned})"
         case PerExample():
             raise InputError("a batch's slots cannot be combined; combine the adapters in them")
         case Saved(value=value):

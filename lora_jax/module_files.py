@@ -74,7 +74,15 @@ def _problems(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> l
         problems += _unknown(path, told, settings)
         if kind is Experts and not any(f"{path}.{name}" in tensors for name in ROUTES):
             problems.append(f"{path} has none of {', '.join(ROUTES)} to route by")
+        if told.get("leading") is True and not _leads(path, tensors):
+            problems.append(f"{path}: leading is true, and prototypes are not the first rank of a")
     return problems + [f"{name} is not expected" for name in tensors if name not in wanted]
+
+
+def _leads(path: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a module's prototypes are the first rank of its `a`."""
+    a, prototypes = (tensors.get(f"{path}.{name}") for name in ("a", "prototypes"))
+    return a is not None and prototypes is not None and np.array_equal(a[..., 0], prototypes)
 
 
 def _parts(kind: type) -> tuple[dict[str, Any], dict[str, Any]]:

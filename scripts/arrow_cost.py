@@ -80,8 +80,8 @@ def routed_projection(
         }
         taken = alternate(candidates, rounds=9)
         milliseconds = [f"{1e3 * taken[name]:.1f} ms" for name in candidates]
-        ratio = f"{taken['usual'] / taken['ours']:.1f}x"
-        rows.append([str(count), *milliseconds, ratio, f"{error:.0e}"])
+        faster = f"{taken['usual'] / taken['ours']:.1f}x"
+        rows.append([str(count), *milliseconds, faster, f"{error:.0e}"])
     title = f"One projection, {tokens} tokens, {size[0]} to {size[1]}, rank {RANK}"
     columns = ["experts", "plain product", "routed, ours", "outputs-then-mix", "ratio", "max diff"]
     show(title, columns, rows)

@@ -140,6 +140,24 @@ def hidden():
 
 
 @pytest.fixture(scope="session")
+def outputs():
+    """A function to what a model of any kind gives for tokens (B, T): logits of words or labels.
+
+    An encoder-decoder's decoder reads the tokens that its encoder reads.
+    """
+
+    def run(config, weights, adapter, tokens):
+        kind, memory = models.kind(config), None
+        if kind == "encoder-decoder":
+            memory = models.encode(config, weights, adapter, tokens)
+        hidden = models.forward(config, weights, adapter, tokens, memory=memory).hidden
+        head = models.classify if kind == "classifier" else models.unembed
+        return head(config, weights, adapter, hidden)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def random_tokens():
     """A function to random token ids of a shape."""
     return lambda *shape, seed=0: jax.random.randint(jax.random.key(seed), shape, 0, 256)

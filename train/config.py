@@ -146,10 +146,9 @@ def _flag(name: str) -> str:
 
 
 # What a resumed run may change without becoming another run.
-_FREE = {"accept", "checkpoint_every", "out", "overwrite", "resume"} | {
-    f"mesh_{axis}" for axis in ("data", "fsdp", "tensor")
-}
+_FREE = {"resume", "overwrite", "checkpoint_every", "out", "mesh_data", "mesh_fsdp", "mesh_tensor"}
 _FREE |= {"learning_rate", "clip"}  # what a run that diverged needs
+_FREE |= {"accept"}  # what lets a base be fetched, and is not asked for twice
 
 
 def as_json(config: Config) -> dict[str, Any]:

@@ -68,6 +68,15 @@ def test_a_record_that_is_amiss_is_refused_by_name(tmp_path, path, change, words
         load_modules(tmp_path / "out")
 
 
+def test_prototypes_that_lead_are_the_first_rank(tmp_path):
+    routed = Experts(A, B, A[..., 0], leading=True)
+    save_modules(tmp_path / "good", {"routed": routed})
+    assert load_modules(tmp_path / "good")["routed"].leading
+    save_modules(tmp_path / "out", {"routed": routed.replace(prototypes=A[..., 1])})
+    with pytest.raises(InputError, match="routed: leading is true, and prototypes are not"):
+        load_modules(tmp_path / "out")
+
+
 def test_tensors_of_other_than_plain_numbers_are_refused(tmp_path):
     save_modules(tmp_path / "out", {"up": LoRA(A, B)})
     path = tmp_path / "out" / "modules.safetensors"

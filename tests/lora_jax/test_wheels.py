@@ -2,11 +2,14 @@ import hashlib
 import json
 import zipfile
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
+from eval.config import Evaluation
 from lora_jax import bases, files, wheels
 from lora_jax.errors import InputError
+from train.config import Config as TrainConfig
 
 GEMMA = wheels.WHEELS["gemma3-270m"]
 PARTS = [b"first ", b"second ", b"third ", b"last"]
@@ -148,3 +151,9 @@ def test_a_packaged_model_and_its_id_on_the_hub_name_each_other():
     for name in wheels.WHEELS:
         assert wheels.packaged(wheels.published(name)) == name != wheels.published(name)
     assert wheels.published("./mine") == wheels.packaged("./mine") == "./mine"
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, Evaluation])
+def test_the_commands_flag_knows_the_terms_that_there_are(settings):
+    known = {wheel.terms.name for wheel in wheels.WHEELS.values() if wheel.terms}
+    assert set(get_args(get_type_hints(settings)["accept"])) == {"", *known}

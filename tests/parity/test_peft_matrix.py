@@ -182,25 +182,15 @@ def theirs(model, tokens):
         return in_tensors(model, tokens).numpy()
 
 
-def ours(config, weights, adapter, tokens):
-    """Our logits of the same."""
-    kind = models.kind(config)
-    memory = None
-    if kind == "encoder-decoder":
-        memory = models.encode(config, weights, adapter, tokens)
-    hidden = models.forward(config, weights, adapter, tokens, memory=memory).hidden
-    if kind == "classifier":
-        return models.classify(config, weights, adapter, hidden)
-    return models.unembed(config, weights, adapter, hidden)
-
-
-run = jax.jit(ours, static_argnums=0)
+@pytest.fixture(scope="module")
+def run(outputs):
+    return jax.jit(outputs, static_argnums=0)
 
 
 @pytest.mark.filterwarnings("ignore")  # what PEFT says while it makes an adapter
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_an_adapter_of_pefts_comes_and_goes(
-    tmp_path, base, with_modules, tokens, agree, name, option
+    tmp_path, base, run, with_modules, tokens, agree, name, option
 ):
     folder, config, weights = base(name)
     size = 0.3 if option.startswith("ia3") else 0.1
@@ -238,13 +228,13 @@ def adapted(tmp_path, base, with_modules):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("option", ["all-linear", "dora", "ia3", "modules_to_save"])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_torchs(adapted, tokens, agree_on_gradients, name, option):
+def test_gradients_are_torchs(adapted, outputs, tokens, agree_on_gradients, name, option):
     model, config, weights, adapter = adapted(name, option)
 
     @jax.jit
     @jax.value_and_grad
     def loss(adapter):
-        return jnp.mean(jnp.square(ours(config, weights, adapter, tokens)))
+        return jnp.mean(jnp.square(outputs(config, weights, adapter, tokens)))
 
     wanted = in_tensors(model, tokens).square().mean()
     agree_on_gradients(f"{name}, {option}", config, loss(adapter), wanted, model)
@@ -269,7 +259,7 @@ ROUTED = [name for name in MODELS if name not in ("llama, tied, biases", "robert
 @pytest.mark.parametrize("general", [False, True], ids=["Arrow", "GenKnowSub"])
 @pytest.mark.parametrize("name", ROUTED)
 def test_routing_on_every_familys_targets(
-    tmp_path, monkeypatch, base, tokens, agree, name, general
+    tmp_path, monkeypatch, base, run, tokens, agree, name, general
 ):
     """PEFT is given as many power iterations as its prototypes take to settle."""
     settle = partialmethod(ArrowLoraLinearLayer.top_right_singular_vec_from_BA, iters=2000)

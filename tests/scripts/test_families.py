@@ -5,7 +5,6 @@ A family joins by a row.
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +14,7 @@ import pytest
 
 from compose import cli as compose
 from eval import cli as evaluate
-from lora_jax import checkpoint, models, peft, runtime, tokens
+from lora_jax import checkpoint, models, peft, tokens
 from lora_jax.families import gemma3, gpt2, llama, phi, phi3
 from lora_jax.rope import Rope
 from train import cli as train
@@ -43,21 +42,8 @@ SHORT = (
 )
 
 
-def call(command, *arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "prepare", lambda: None)  # the compilation cache is left alone
-        patch.setattr("compose.command.prepare", lambda: None)
-        patch.setattr(sys, "argv", ["lora", *map(str, arguments)])
-        command.main()
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
-def made(request, tmp_path_factory, base_folder, random_weights):
+def made(request, tmp_path_factory, base_folder, random_weights, call, rows_file):
     """A base model, a module trained on it for two steps, and a composition of it."""
     config, folder = FAMILIES[request.param], tmp_path_factory.mktemp("family")
     weights = random_weights(config)
@@ -65,7 +51,7 @@ def made(request, tmp_path_factory, base_folder, random_weights):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base_folder / file, folder / "base" / file)
     sums = [{"prompt": f"{n} and {n} is", "completion": f" {2 * n}"} for n in range(6)]
-    data = write_rows(folder / "sums.jsonl", sums)
+    data = rows_file(folder / "sums.jsonl", sums)
     base = ("--base", folder / "base")
     call(train, data, "--out", folder / "a", *base, *SHORT.split())
     named = (f"a={folder}/a", f"b={folder}/a")
@@ -90,9 +76,9 @@ def test_composing_does_what_it_says(made):
         np.testing.assert_allclose(part.scale * part.a @ part.b, want, atol=1e-5)
 
 
-def test_evaluating_gives_every_column_what_one_text_at_a_time_gives(made, hidden):
+def test_evaluating_gives_every_column_what_one_text_at_a_time_gives(made, hidden, call, rows_file):
     folder = made.folder
-    write_rows(folder / "rows.jsonl", [row | {"label": 1} for row in QUESTIONS])
+    rows_file(folder / "rows.jsonl", [row | {"label": 1} for row in QUESTIONS])
     task = {"rows": "rows.jsonl", "prompt": "{question} ->", "choices": "choices"}
     (folder / "task.json").write_text(json.dumps(task))
     call(

@@ -14,20 +14,8 @@ from lora_jax import models, modules, table
 PUBLISHED = json.loads((Path(__file__).parents[2] / "published.json").read_text())
 
 
-def run(config, weights, adapter, tokens):
-    """What a model's last part gives: logits of tokens, or of labels."""
-    kind = models.kind(config)
-    memory = None
-    if kind == "encoder-decoder":
-        memory = models.encode(config, weights, adapter, tokens)
-    hidden = models.forward(config, weights, adapter, tokens, memory=memory).hidden
-    if kind == "classifier":
-        return models.classify(config, weights, adapter, hidden)
-    return models.unembed(config, weights, adapter, hidden)
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_it_has_its_size_and_runs_in_shape_under_a_module(name):
+def test_it_has_its_size_and_runs_in_shape_under_a_module(outputs, name):
     config = models.config_from_huggingface(PUBLISHED[name]["config"])
     weights = table.abstract(models.table(config), jnp.bfloat16)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
@@ -37,6 +25,6 @@ def test_it_has_its_size_and_runs_in_shape_under_a_module(name):
     adapter = jax.eval_shape(partial(init, rank=4, alpha=4.0), jax.random.key(0))
     assert adapter
     tokens = jax.ShapeDtypeStruct((2, 500), jnp.int32)
-    logits = jax.eval_shape(lambda *given: run(config, *given), weights, adapter, tokens)
+    logits = jax.eval_shape(partial(outputs, config), weights, adapter, tokens)
     wide = PUBLISHED[name]["config"]["vocab_size"]
     assert logits.shape == ((2, 2) if models.kind(config) == "classifier" else (2, 500, wide))
