@@ -4,7 +4,7 @@ A family says how a pass begins, what one layer does and how it ends; everything
 cache, dropout, observation or rematerialisation needs is done here, once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from lora_jax.errors import InputError
 from lora_jax.modules import Adapter, DoRA, LoRA, Module, PerExample, Saved
 from lora_jax.parts import Cache, Memory, attend, attention_mask, put, whole_mask
 from lora_jax.per_example import looked_up
-from lora_jax.project import Dropout, project
+from lora_jax.project import Dropout, project_all
 from lora_jax.quantize import dense
 from lora_jax.table import module_path
 
@@ -82,10 +82,14 @@ class Layer:
 
     number: Array  # (), counted from 0
     weights: Mapping[str, Array]  # this layer's weights, by path
-    project: Callable[[str, Array], Array]  # the projection at a path, under its module
+    project_all: Callable[[Sequence[str], Array], list[Array]]  # projections of one input by path
     attend: Callable[..., Array]  # `parts.attend`, over the cached keys and values too
     recall: Callable[..., Array]  # `parts.attend` over this layer's memory of an encoded source
     keep: Callable[[str, Any], None]  # puts a value by name among what `walk` gives
+
+    def project(self, path: str, x: Array) -> Array:
+        """The projection (..., O) at a path for x (..., I), under its module."""
+        return self.project_all([path], x)[0]
 
 
 def forward(
@@ -267,21 +271,24 @@ def walk(
 
 
 def _projector(xs: dict[str, Any], observe: Observe | None, out: dict[str, Any]):
-    """A function that applies a layer's projection by path, with its module and dropout."""
+    """A function that applies a layer's projections by path, with their modules and dropout."""
     weights, adapter, dropout = xs["weights"], xs["adapter"], xs.get("dropout")
     keys = {}
     if dropout is not None:
         split = jax.random.split(dropout.key, len(adapter))
         keys = {p: Dropout(k, dropout.rate) for p, k in zip(sorted(adapter), split, strict=True)}
 
-    def apply(path: str, x: Array) -> Array:
-        """The projection at a path, once its observer has seen its input."""
-        module = adapter.get(path)
+    def apply_all(paths: Sequence[str], x: Array) -> list[Array]:
+        """The projections at paths, once their observer has seen their input."""
+        modules = [adapter.get(path) for path in paths]
         if observe is not None:
-            out.setdefault("observed", {})[path] = observe(path, module, x)
-        return project(x, weights[path], weights.get(f"{path}.bias"), module, keys.get(path))
+            seen = out.setdefault("observed", {})
+            seen |= {path: observe(path, adapter.get(path), x) for path in paths}
+        kernels = [weights[path] for path in paths]
+        biases = [weights.get(f"{path}.bias") for path in paths]
+        return project_all(x, kernels, biases, modules, [keys.get(path) for path in paths])
 
-    return apply
+    return apply_all
 
 
 def _attender(pages: tuple[Array, Array] | None, used: Array | int, out: dict[str, Any]):

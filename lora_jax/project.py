@@ -1,7 +1,8 @@
 """The one place where a module changes a projection; model files never know which module it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from lora_jax.dora import gain
 from lora_jax.modules import IA3, DoRA, Experts, LoRA, Module, PerExample
 from lora_jax.per_example import own
 from lora_jax.quantize import dense
-from lora_jax.routing import routed
+from lora_jax.routing import routed, routed_all
 
 
 @struct.dataclass
@@ -40,6 +41,24 @@ def project(
         return y if bias is None else y + bias
 
     return changed(plain, x, kernel, module, dropout)
+
+
+def project_all(
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    biases: Sequence[jax.Array | None],
+    modules: Sequence[Module | None],
+    dropouts: Sequence[Dropout | None],
+) -> list[jax.Array]:
+    """`project` for several projections of one x (..., I); their libraries meet it together."""
+    libraries = [module for module in modules if isinstance(module, Experts)]
+    added = iter(routed_all(x, libraries) if libraries else [])
+    rest = [None if isinstance(module, Experts) else module for module in modules]
+    plain = map(project, repeat(x), kernels, biases, rest, dropouts)
+    return [
+        y + next(added) if isinstance(module, Experts) else y
+        for y, module in zip(plain, modules, strict=True)
+    ]
 
 
 def changed(

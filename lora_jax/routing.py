@@ -10,6 +10,9 @@ The best `top_k` are weighted by a softmax of score / temperature, or evenly ("u
 "sigmoid" weighs every expert by itself. `shares` are weights given beforehand.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -18,6 +21,7 @@ from lora_jax import selected
 from lora_jax.modules import Experts
 
 _FEW = 16  # experts that are sorted by themselves
+_TILE = 64  # columns of a product that a processor takes at once; a part of them costs as much
 _EPS = 1e-6  # below any length or deviation of a token that says something
 
 
@@ -38,7 +42,7 @@ def mixture(x: jax.Array, experts: Experts) -> jax.Array:
 
     Modules that tie for the last place all take part.
     """
-    return _weights(x, experts, *_products(x, experts, every=False))
+    return _weights(x, experts, *_products(x, [experts], every=[False])[0])
 
 
 def routed(x: jax.Array, experts: Experts) -> jax.Array:
@@ -47,8 +51,15 @@ def routed(x: jax.Array, experts: Experts) -> jax.Array:
     "outputs" mixing is Σ wₑ x aₑ bₑ, "factors" (Σ wₑ aₑ)(Σ wₑ bₑ). In a large library only the
     experts that were chosen are computed, where `selected.worthwhile` says so.
     """
-    few = selected.worthwhile(x.shape, experts)
-    return chosen_experts(x, experts) if few else all_experts(x, experts)
+    return routed_all(x, [experts])[0]
+
+
+def routed_all(x: jax.Array, libraries: Sequence[Experts]) -> list[jax.Array]:
+    """`routed` for several projections of one x, which meets what they all need in one product."""
+    every = [not selected.worthwhile(x.shape, experts) for experts in libraries]
+    ways = [_all if all_of_them else _chosen_alone for all_of_them in every]
+    products = _products(x, libraries, every)
+    return [way(x, e, *p) for way, e, p in zip(ways, libraries, products, strict=True)]
 
 
 def all_experts(x: jax.Array, experts: Experts) -> jax.Array:
@@ -56,7 +67,21 @@ def all_experts(x: jax.Array, experts: Experts) -> jax.Array:
 
     The array (tokens, M, O) never exists. To mix factors, the ranks are summed between the two.
     """
-    dots, inner = _products(x, experts, every=True)
+    return _all(x, experts, *_products(x, [experts], every=[True])[0])
+
+
+def chosen_experts(x: jax.Array, experts: Experts) -> jax.Array:
+    """`routed` with the factors of each token's `top_k` experts alone.
+
+    Of modules that tie for the last place, those that come first take part, not all.
+    """
+    return _chosen_alone(x, experts, *_products(x, [experts], every=[False])[0])
+
+
+def _all(
+    x: jax.Array, experts: Experts, dots: jax.Array | None, inner: jax.Array | None
+) -> jax.Array:
+    """`all_experts`, from what `_products` gave."""
     assert inner is not None
     weights = _weights(x, experts, dots, inner).astype(x.dtype)
     if experts.mixing == "factors":
@@ -67,40 +92,58 @@ def all_experts(x: jax.Array, experts: Experts) -> jax.Array:
     return (flat * jnp.repeat(weights, inner.shape[-1], axis=-1)) @ b
 
 
-def chosen_experts(x: jax.Array, experts: Experts) -> jax.Array:
-    """`routed` with the factors of each token's `top_k` experts alone.
-
-    Of modules that tie for the last place, those that come first take part, not all.
-    """
-    dots, inner = _products(x, experts, every=False)
+def _chosen_alone(
+    x: jax.Array, experts: Experts, dots: jax.Array | None, inner: jax.Array | None
+) -> jax.Array:
+    """`chosen_experts`, from what `_products` gave."""
     return selected.mixed(x, experts, *_chosen(x, experts, dots, inner), inner)
 
 
 def _products(
-    x: jax.Array, experts: Experts, *, every: bool
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """x·prototypes (..., M) in float32, if there are any, and x·a (..., M, R).
+    x: jax.Array, libraries: Sequence[Experts], every: Sequence[bool]
+) -> list[tuple[jax.Array | None, jax.Array | None]]:
+    """For each library x·prototypes (..., M) in float32, if it has any, and x·a (..., M, R).
 
     The latter is None where neither the scores need it nor `every` expert is asked for.
     """
-    rank = experts.a.shape[-1]
-    inside = every or experts.spectrum is not None
-    apart = experts.prototypes is not None and not (inside and experts.leading)
-    columns = [rearrange(experts.a, "M I R -> I (M R)")] if inside else []
-    if apart and experts.prototypes is not None:
-        columns.append(experts.prototypes.T)
+    columns = [_columns(e, inside) for e, inside in zip(libraries, every, strict=True)]
+    blocks = iter(_blocks(x, [block for two in columns for block in two if block is not None]))
+    products = []
+    for experts, (a, prototypes) in zip(libraries, columns, strict=True):
+        rank = experts.a.shape[-1]
+        inner = None if a is None else next(blocks)
+        dots = None if prototypes is None else next(blocks)
+        if experts.leading and inner is not None:
+            dots = inner[..., ::rank]
+        if inner is not None:
+            inner = rearrange(inner, "... (M R) -> ... M R", R=rank).astype(x.dtype)
+        products.append((dots, inner))
+    return products
+
+
+def _columns(experts: Experts, inside: bool) -> tuple[jax.Array | None, jax.Array | None]:
+    """A library's a's (I, M·R), if they are asked for, and its prototypes (I, M), if apart."""
+    inside = inside or experts.spectrum is not None
+    a = rearrange(experts.a, "M I R -> I (M R)") if inside else None
+    if experts.prototypes is None or (inside and experts.leading):
+        return a, None
+    return a, experts.prototypes.T
+
+
+def _blocks(x: jax.Array, columns: list[jax.Array]) -> list[jax.Array]:
+    """x (..., I) times each block of columns (I, N): (..., N).
+
+    It is one product, for thin ones cost by their number more than by their width. Its sums stay
+    in float32, or bfloat16 would make ties where there are none.
+    """
     if not columns:
-        return None, None
-    # Prototypes and a's meet x in one product: thin ones cost by their number, not their width.
-    # Its sums stay in float32, or bfloat16 would make ties where there are none.
-    thin = jnp.concatenate(columns, axis=1).astype(x.dtype)
-    both = jnp.matmul(x, thin, preferred_element_type=jnp.float32)
-    ranks = columns[0].shape[1] if inside else 0
-    dots = None
-    if experts.prototypes is not None:
-        dots = both[..., ranks:] if apart else both[..., ::rank]
-    inner = rearrange(both[..., :ranks], "... (M R) -> ... M R", R=rank).astype(x.dtype)
-    return dots, inner if inside else None
+        return []
+    thin = jnp.concatenate(columns, axis=1)
+    if (width := thin.shape[1]) > _TILE:
+        thin = jnp.pad(thin, ((0, 0), (0, -width % _TILE)))
+    both = jnp.matmul(x, thin.astype(x.dtype), preferred_element_type=jnp.float32)
+    ends = list(accumulate(block.shape[1] for block in columns))
+    return [both[..., end - block.shape[1] : end] for block, end in zip(columns, ends, strict=True)]
 
 
 def _scores(

@@ -191,15 +191,16 @@ def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
         return _norm(x, step.weights[path], config.eps)
 
     h = norm(x, "input_layernorm")
-    q, k, v = (_heads(step.project(f"self_attn.{p}_proj", h), config) for p in "qkv")
+    together = step.project_all([f"self_attn.{p}_proj" for p in "qkv"], h)
+    q, k, v = (_heads(y, config) for y in together)
     q, k = (rotate(norm(y, f"self_attn.{p}_norm"), turns) for p, y in (("q", q), ("k", k)))
     mixed = step.attend(q, k, v, mask, scale=config.query_scalar**-0.5)
     mixed = step.project("self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
     x = x + norm(mixed, "post_attention_layernorm")
 
     h = norm(x, "pre_feedforward_layernorm")
-    gate = jax.nn.gelu(step.project("mlp.gate_proj", h), approximate=True)
-    fed = step.project("mlp.down_proj", gate * step.project("mlp.up_proj", h))
+    gate, up = step.project_all(["mlp.gate_proj", "mlp.up_proj"], h)
+    fed = step.project("mlp.down_proj", jax.nn.gelu(gate, approximate=True) * up)
     return x + norm(fed, "post_feedforward_layernorm")
 
 

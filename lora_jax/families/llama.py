@@ -214,7 +214,8 @@ def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
     if config.unwindowed:
         mask = jnp.where(jnp.isin(step.number, jnp.array(config.unwindowed)), far, mask)
     h = rms_norm(x, step.weights["input_layernorm"], config.eps)
-    q, k, v = (_heads(step.project(f"self_attn.{p}_proj", h), config) for p in "qkv")
+    together = step.project_all([f"self_attn.{p}_proj" for p in "qkv"], h)
+    q, k, v = (_heads(y, config) for y in together)
     if config.qk_norm:
         q = rms_norm(q, step.weights["self_attn.q_norm"], config.eps)
         k = rms_norm(k, step.weights["self_attn.k_norm"], config.eps)
@@ -222,8 +223,8 @@ def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
     x = x + step.project("self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
 
     h = rms_norm(x, step.weights["post_attention_layernorm"], config.eps)
-    gated = jax.nn.silu(step.project("mlp.gate_proj", h)) * step.project("mlp.up_proj", h)
-    return x + step.project("mlp.down_proj", gated)
+    gate, up = step.project_all(["mlp.gate_proj", "mlp.up_proj"], h)
+    return x + step.project("mlp.down_proj", jax.nn.silu(gate) * up)
 
 
 def finish(config: Config, weights: Weights, x: Array) -> Array:

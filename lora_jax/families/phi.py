@@ -130,7 +130,8 @@ def layer(config: Config, shared: Any, x: Array, step: Layer) -> Array:
     """One transformer layer: attention and a feed-forward, both of the same normed input."""
     mask, turns = shared
     h = _normed("input_layernorm", x, config, step)
-    q, k, v = (_heads(step.project(f"self_attn.{p}_proj", h), config) for p in "qkv")
+    together = step.project_all([f"self_attn.{p}_proj" for p in "qkv"], h)
+    q, k, v = (_heads(y, config) for y in together)
     if config.qk_norm:
         q = _normed("self_attn.q_layernorm", q, config, step)
         k = _normed("self_attn.k_layernorm", k, config, step)

@@ -204,10 +204,9 @@ def layer(config: Config, mask: Any, x: Array, step: Layer) -> Array:
     def norm(path: str, x: Array) -> Array:
         return layer_norm(x, step.weights[path], step.weights[f"{path}.bias"], config.eps)
 
-    def heads(path: str) -> Array:
-        return step.project(path, x).reshape(*x.shape[:-1], config.heads, config.head_width)
-
-    q, k, v = (heads(f"attention.self.{p}") for p in ("query", "key", "value"))
+    split = (*x.shape[:-1], config.heads, config.head_width)
+    together = step.project_all([f"attention.self.{p}" for p in ("query", "key", "value")], x)
+    q, k, v = (y.reshape(split) for y in together)
     mixed = step.attend(q, k, v, mask).reshape(x.shape)
     x = norm("attention.output.LayerNorm", x + step.project("attention.output.dense", mixed))
     inner = ACTIVATIONS[config.activation](step.project("intermediate.dense", x))

@@ -209,7 +209,8 @@ def finish_source(config: Config, weights: Weights, x: Array) -> Array:
 
 def remember(config: Config, x: Array, step: Layer) -> tuple[Array, Array]:
     """The keys and values (B, S, K, C) that one decoder layer has of the encoded source."""
-    k, v = (_heads(config, step.project(f"layer.1.EncDecAttention.{p}", x)) for p in "kv")
+    together = step.project_all([f"layer.1.EncDecAttention.{p}" for p in "kv"], x)
+    k, v = (_heads(config, y) for y in together)
     return k, v
 
 
@@ -240,7 +241,8 @@ def finish(config: Config, weights: Weights, x: Array) -> Array:
 def _self_attention(config: Config, shared: Any, x: Array, step: Layer) -> Array:
     mask, bias = shared
     h = rms_norm(x, step.weights["layer.0.layer_norm"], config.eps)
-    q, k, v = (_heads(config, step.project(f"layer.0.SelfAttention.{p}", h)) for p in "qkv")
+    together = step.project_all([f"layer.0.SelfAttention.{p}" for p in "qkv"], h)
+    q, k, v = (_heads(config, y) for y in together)
     mixed = step.attend(q, k, v, mask, scale=1.0, bias=bias)
     return x + step.project("layer.0.SelfAttention.o", mixed.reshape(*x.shape[:-1], -1))
 
@@ -249,7 +251,8 @@ def _feed_forward(config: Config, x: Array, step: Layer, path: str) -> Array:
     h = rms_norm(x, step.weights[f"{path}.layer_norm"], config.eps)
     path, activate = f"{path}.DenseReluDense", ACTIVATIONS[config.activation]
     if config.gated:
-        h = activate(step.project(f"{path}.wi_0", h)) * step.project(f"{path}.wi_1", h)
+        gate, up = step.project_all([f"{path}.wi_0", f"{path}.wi_1"], h)
+        h = activate(gate) * up
     else:
         h = activate(step.project(f"{path}.wi", h))
     return x + step.project(f"{path}.wo", h)

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax import selected
 from lora_jax.modules import Experts
-from lora_jax.routing import mixture, route, routed
+from lora_jax.routing import mixture, route, routed, routed_all
 
 COUNT, IN, OUT, RANK = 12, 16, 10, 3
 KEYS = jax.random.split(jax.random.key(1), 4)
@@ -185,3 +186,27 @@ def test_sums_of_bfloat16_tokens_make_no_ties():
     prototypes = jnp.eye(4)[:3] + jnp.eye(4)[3] * jnp.array([[0.0], [1.0], [0.0]])
     x = jnp.array([256.0, 256.0, 0.0, 0.5], jnp.bfloat16)
     assert (route(x, prototypes, 1) == jnp.array([0, 1, 0])).all()
+
+
+@pytest.mark.parametrize("choice", [False, True])
+def test_libraries_of_one_input_add_together_what_each_adds_alone(choice, monkeypatch):
+    plain = library(2)
+    spectral = plain.replace(prototypes=None, spectrum=jnp.ones((COUNT, RANK)), top_k=3)
+    given = plain.replace(prototypes=None, shares=jnp.arange(1.0, COUNT + 1))
+    leading = library(count=30).replace(mixing="factors", leading=True)
+    leading = leading.replace(prototypes=leading.a[..., 0])
+    many = [plain, leading, given, spectral, library(1, count=4)]
+    monkeypatch.setattr(selected, "worthwhile", lambda *_: choice)
+    for together, experts in zip(routed_all(X, many), many, strict=True):
+        np.testing.assert_allclose(together, routed(X, experts), rtol=1e-4, atol=1e-4)
+
+
+def test_libraries_of_one_input_meet_it_in_one_product():
+    many = [library(), library(2), library(count=40)]
+    products = [
+        e.invars[1].aval.shape
+        for e in jax.make_jaxpr(lambda x: routed_all(x, many))(X).eqns
+        if e.primitive.name == "dot_general" and e.invars[0].aval.shape[-1] == IN
+    ]
+    wide = sum(e.a.shape[0] * (RANK + 1) for e in many)
+    assert products == [(IN, wide + -wide % 64)]
