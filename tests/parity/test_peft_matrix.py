@@ -96,9 +96,11 @@ OPTIONS = {
     "a projection saved": lambda q, v, f, *_: (
         LORA | {"target_modules": [q], "modules_to_save": [f]}
     ),
-    "embedding and head": lambda q, v, f, e, h, *_: LORA | {"target_modules": [q, e, h]},
+    "embedding and head": lambda q, v, f, e, h, *_: (
+        LORA | {"target_modules": [q, *({e, h} - {"-"})]}
+    ),
     "embedding and head, dora": lambda q, v, f, e, h, *_: (
-        LORA | {"target_modules": [q, e, h], "use_dora": True}
+        LORA | {"target_modules": [q, *({e, h} - {"-"})], "use_dora": True}
     ),
     "some layers": lambda q, v, f, e, h, n, _: (
         LORA | {"target_modules": [q, v], "layers_to_transform": [0, 2], "layers_pattern": n}
@@ -127,7 +129,7 @@ CASES = [
     (name, option)
     for name, (_, _, words) in MODELS.items()
     for option in OPTIONS
-    if not ("embedding" in option and " - " in words) and (option, name) not in IMPOSSIBLE
+    if not ("embedding" in option and words.split()[3] == "-") and (option, name) not in IMPOSSIBLE
 ]
 
 
@@ -187,6 +189,14 @@ def run(outputs):
     return jax.jit(outputs, static_argnums=0)
 
 
+def loaded_by_peft(folder, adapter):
+    """The base in a folder under an adapter's, as PEFT loads it, and the warnings it gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(in_torch(folder), adapter).eval()
+    return model, {str(warning.message) for warning in caught}
+
+
 @pytest.mark.filterwarnings("ignore")  # what PEFT says while it makes an adapter
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_an_adapter_of_pefts_comes_and_goes(
@@ -202,13 +212,8 @@ def test_an_adapter_of_pefts_comes_and_goes(
     agree(f"{name}, {option}", run(config, weights, adapter, tokens), want, 1e-4)
 
     peft.save_adapter(tmp_path / "ours", adapter, config, base_name=str(folder))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        again = PeftModel.from_pretrained(in_torch(folder), tmp_path / "ours").eval()
-    known = ("tie_word_embeddings", "is_gradient_checkpointing", "has no bias")
-    heads = ("fan_in_fan_out is set to True",) if "head" in option else ()
-    told = [str(w.message) for w in caught]
-    assert not [text for text in told if not any(k in text for k in (*known, *heads))]
+    again, told = loaded_by_peft(folder, tmp_path / "ours")
+    assert told <= loaded_by_peft(folder, tmp_path / "theirs")[1]  # what it says of its own
     agree(f"{name}, {option}, saved again", theirs(again, tokens), want, 1e-4)
 
 
