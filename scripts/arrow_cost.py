@@ -13,7 +13,7 @@ from lora_jax import models
 from lora_jax.bases import load_base
 from lora_jax.modules import Experts, LoRA
 from lora_jax.routing import mixture, routed
-from scripts.timing import alternate, in_turns, ratio, show
+from scripts.timing import alternate, in_turns, interval, ratio, show
 
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 RANK, TOP_K = 4, 3
@@ -45,12 +45,13 @@ def routed_forward(counts: tuple[int, ...], rounds: int, rows: int = 8, length: 
 
     adapters = {"plain": {}} | {f"{n} experts": library(n) for n in counts}
     taken = in_turns({n: partial(logits, base.weights, a) for n, a in adapters.items()}, rounds)
-    cells = [
-        [name, f"{median(times):.3f} s", f"{100 * (ratio(times, taken['plain']) - 1):+.1f} %"]
-        for name, times in taken.items()
-    ]
+    plain, cells = taken.pop("plain"), []
+    for name, times in taken.items():
+        more = [100 * (x - 1) for x in (ratio(times, plain), *interval(times, plain))]
+        cells.append([name, f"{median(times):.3f} s", "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*more)])
+    cells.insert(0, ["plain", f"{median(plain):.3f} s", ""])
     title = f"SmolLM2-135M, {rows}x{length} tokens, rank {RANK} on q, k, v, o, top {TOP_K}"
-    show(title, ["forward", "median", "against plain, median of rounds"], cells)
+    show(title, ["forward", "median", "against plain, median of rounds [95 %]"], cells)
 
 
 def outputs_then_mix(x: jax.Array, experts: Experts) -> jax.Array:

@@ -14,7 +14,7 @@ class Settings:
 
     forward: tuple[int, ...] = (10, 100)  # experts a library, for the whole forward pass
     projection: tuple[int, ...] = (10, 32, 100)  # experts a library, for the one projection
-    rounds: int = 25  # of the forward passes, each against the plain one beside it
+    rounds: int = 81  # of the forward passes, each against the plain one beside it
 
 
 def main() -> None:

@@ -37,6 +37,15 @@ def ratio(times: Sequence[float], against: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, against, strict=True))
 
 
+def interval(times: Sequence[float], against: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of `ratio`, by the order of the rounds' own ratios."""
+    from scipy.stats import quantile_test
+
+    ratios = [one / other for one, other in zip(times, against, strict=True)]
+    found = quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    return float(found.low), float(found.high)
+
+
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Prints a table, its first column to the left and the rest to the right."""
     table = Table(title=title, title_justify="left", min_width=len(title) + 2)

@@ -80,3 +80,10 @@ def test_each_side_is_run_by_the_command_that_the_benchmark_gives(monkeypatch, c
     monkeypatch.setattr("sys.argv", ["benchmark_training", "--worker", "ours", "--steps", "2"])
     benchmark_training.main()
     assert capsys.readouterr().out == '{"completion": 2}\n'
+
+
+def test_a_ratio_is_told_with_the_interval_of_its_order():
+    times = [n / 100 for n in range(81)]
+    assert timing.ratio(times, [1] * 81) == 0.4
+    low, high = timing.interval(times, [1] * 81)
+    assert (low, high) == pytest.approx((0.31, 0.49), abs=0.011)  # 40 +- 1.96 sqrt(81) / 2 places
