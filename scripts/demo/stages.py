@@ -116,13 +116,13 @@ def train_modules(demo: Demo) -> Trained:
         "steps": 17,
     }
     runs["cheers"] = {"data": "cheers-train.jsonl", "chat": True, "batch": 4, "epochs": 1.0}
-    folders = {name: train(_config(demo, name, run), demo.base) for name, run in runs.items()}
+    folders = {name: train(config(demo, name, run), demo.base) for name, run in runs.items()}
     modules = {n: peft.load_adapter(folder, demo.base.config) for n, folder in folders.items()}
     records = {name: _record(folder) for name, folder in folders.items()}
     return Trained(modules, records)
 
 
-def _config(demo: Demo, name: str, run: Mapping[str, Any]) -> Config:
+def config(demo: Demo, name: str, run: Mapping[str, Any]) -> Config:
     common: dict[str, Any] = {
         "targets": PROJECTIONS,
         "rank": RANK,

@@ -21,7 +21,7 @@ Question = dict[str, object]  # question, choices, label: as in every multiple-c
 def mood(rng: random.Random, held_out: bool) -> Question:
     """Does a short review praise or blame? Answered with arbitrary words, so it must be learned."""
     label = rng.randrange(2)
-    first, second = rng.sample(_part(WORDS[("positive", "negative")[label]], held_out), 2)
+    first, second = rng.sample(part(WORDS[("positive", "negative")[label]], held_out), 2)
     text = f"The {rng.choice(WORDS['things'])} was {first} and {second}."
     return {"question": f"{text} Card:", "choices": ["blue", "red"], "label": label}
 
@@ -30,7 +30,7 @@ def kind(rng: random.Random, held_out: bool) -> Question:
     """Is a noun an animal, a plant, a tool or a food? Each has its point of the compass."""
     names = list(WORDS["kinds"])
     label = rng.randrange(len(names))
-    word = rng.choice(_part(WORDS["kinds"][names[label]], held_out))
+    word = rng.choice(part(WORDS["kinds"][names[label]], held_out))
     choices = ["north", "east", "south", "west"]
     return {"question": f"Word: {word}. Way:", "choices": choices, "label": label}
 
@@ -44,7 +44,7 @@ def parity(rng: random.Random, held_out: bool) -> Question:
 
 def tense(rng: random.Random, held_out: bool) -> Question:
     """Which form of a verb is its past tense?"""
-    verb = rng.choice(_part(WORDS["verbs"], held_out))
+    verb = rng.choice(part(WORDS["verbs"], held_out))
     choices = [verb, _past(verb), _stem(verb).removesuffix("e") + "ing"]
     rng.shuffle(choices)
     question = f"Every day I {verb}. Yesterday I"
@@ -70,7 +70,7 @@ TASKS: dict[str, Callable[[random.Random, bool], Question]] = {
 }
 
 
-def _part(words: list[str], held_out: bool) -> list[str]:
+def part(words: list[str], held_out: bool) -> list[str]:
     """The last quarter of a word list for held-out questions, the rest for training."""
     cut = len(words) * 3 // 4
     return words[cut:] if held_out else words[:cut]
@@ -84,7 +84,7 @@ def questions(name: str, count: int, *, held_out: bool, seed: int = 0) -> Iterat
 
 def cheers(held_out: bool) -> Iterator[dict[str, str]]:
     """Prompts that ask for a happy message, with replies that exclaim in every sentence."""
-    for topic in _part(WORDS["topics"], held_out):
+    for topic in part(WORDS["topics"], held_out):
         for reply in WORDS["cheers"]:
             prompt = f"Write a short, happy message about {topic}."
             yield {"prompt": prompt, "completion": reply.format(topic)}
@@ -94,18 +94,18 @@ def write_files(folder: Path, *, train: int, test: int, seed: int = 0) -> Path:
     """The folder, once the data are in it: the rows and the task file of each task, and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TASKS:
-        _write_rows(
+        write_rows(
             folder / f"{name}-train.jsonl", questions(name, train, held_out=False, seed=seed)
         )
-        _write_rows(folder / f"{name}-test.jsonl", questions(name, test, held_out=True, seed=seed))
+        write_rows(folder / f"{name}-test.jsonl", questions(name, test, held_out=True, seed=seed))
         task = {"rows": f"{name}-test.jsonl", "prompt": "{question}", "choices": "choices"}
         write_json(folder / f"{name}.json", task | {"name": name})
-    _write_rows(folder / "cheers-train.jsonl", cheers(held_out=False))
-    _write_rows(folder / "cheers-test.jsonl", cheers(held_out=True))
+    write_rows(folder / "cheers-train.jsonl", cheers(held_out=False))
+    write_rows(folder / "cheers-test.jsonl", cheers(held_out=True))
     for text in ("general.txt", "neutral.txt"):
         shutil.copyfile(HERE / text, folder / text)
     return folder
 
 
-def _write_rows(path: Path, rows: Iterable[object]) -> None:
+def write_rows(path: Path, rows: Iterable[object]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
