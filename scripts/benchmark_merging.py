@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -18,6 +18,7 @@ import tyro
 
 from scripts.timing import show
 
+Projection = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 METHODS = ("linear", "cat", "ties", "svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd")
 
 
@@ -26,6 +27,7 @@ class Settings:
     """Times merges here and in PEFT on torch, and prints the table."""
 
     methods: tuple[str, ...] = (*METHODS, "dare_ties_svd")  # by PEFT's names
+    projections: tuple[Projection, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     layers: int = 32  # of the whole model; 1 leaves it out
     rounds: int = 3  # timed merges after the first; PEFT's that take over five seconds have one
     worker: Literal["ours", "peft"] | None = None  # one merge alone, as the command calls itself
@@ -38,7 +40,7 @@ def main() -> None:
         from scripts import merging_cost
 
         work = {"ours": merging_cost.ours, "peft": merging_cost.peft}[settings.worker]
-        print(json.dumps(work(settings.methods[0], settings.layers, settings.rounds)))
+        print(json.dumps(work(settings)))
         return
     missing = [name for name in ("torch", "peft") if find_spec(name) is None]
     if missing:
@@ -50,17 +52,18 @@ def report(settings: Settings) -> None:
     """Runs every merge and shows what it took."""
     rows = []
     for method in settings.methods:
-        theirs = _worker("peft", method, 1, settings.rounds)
-        one = _worker("ours", method, 1, settings.rounds)
+        alone = replace(settings, methods=(method,), layers=1)
+        theirs, one = _worker("peft", alone), _worker("ours", alone)
         row = [method, _cost(theirs), _cost(one), f"{theirs['again'] / one['again']:.1f}x"]
         if settings.layers > 1:
-            row.append(_cost(_worker("ours", method, settings.layers, 1)))
+            whole = replace(settings, methods=(method,), rounds=1)
+            row.append(_cost(_worker("ours", whole)))
         rows.append([*row, f"{one['first']:.1f} s"])
         print(f"{method}: {theirs} {one}", file=sys.stderr)
-    whole = [f"ours, {settings.layers} layers"] if settings.layers > 1 else []
-    columns = ["method", "PEFT, a layer", "ours, a layer", "ratio", *whole, "first, compiled"]
-    load = os.getloadavg()[1]
-    title = f"Ten rank-16 adapters of Phi-3-mini, to rank 16 (svd), load {load:.1f}"
+    all_layers = [f"ours, {settings.layers} layers"] if settings.layers > 1 else []
+    columns = ["method", "PEFT, a layer", "ours, a layer", "ratio", *all_layers, "first, compiled"]
+    where, load = ", ".join(settings.projections), os.getloadavg()[1]
+    title = f"Ten rank-16 adapters of Phi-3-mini ({where}), to rank 16 (svd), load {load:.1f}"
     show(title, columns, rows)
 
 
@@ -70,15 +73,17 @@ def _cost(found: dict[str, float]) -> str:
     return f"{seconds}, {found['peak'] / 2**20:,.0f} MiB"
 
 
-def _worker(side: str, method: str, layers: int, rounds: int) -> dict[str, float]:
+def _worker(side: str, settings: Settings) -> dict[str, float]:
     """One merge, by a process of its own."""
-    numbers = ["--layers", str(layers), "--rounds", str(rounds), "--methods", method]
-    command = [sys.executable, "-m", "scripts.benchmark_merging", "--worker", side, *numbers]
+    given = {name: getattr(settings, name) for name in ("methods", "projections")}
+    words = [word for name, values in given.items() for word in (f"--{name}", *values)]
+    words += ["--layers", str(settings.layers), "--rounds", str(settings.rounds)]
+    command = [sys.executable, "-m", "scripts.benchmark_merging", "--worker", side, *words]
     # OpenBLAS' threads spin while they wait, which costs thin decompositions more than they gain.
     alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     if done.returncode:
-        sys.exit(f"{side}, {method} failed:\n{done.stderr}")
+        sys.exit(f"{side}, {settings.methods[0]} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -4,8 +4,10 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from scripts.benchmark_merging import Settings
 
 SHAPES = {  # a layer's projections: in, out
     "self_attn.qkv_proj": (3072, 9216),
@@ -17,13 +19,14 @@ COUNT, RANK, DENSITY = 10, 16, 0.3
 SLOW = 5.0  # seconds beyond which PEFT's merge is timed once
 
 
-def ours(method: str, layers: int, rounds: int) -> dict[str, float]:
+def ours(settings: Settings) -> dict[str, float]:
     """Seconds of the first merge and of the next ones, and bytes added at the peak."""
     import jax
 
     from compose.merging.merge import merge
 
-    adapters = [_adapter(number, layers) for number in range(COUNT)]
+    (method,), shapes = settings.methods, _shapes(settings)
+    adapters = [_adapter(number, settings.layers, shapes) for number in range(COUNT)]
     dense = method.endswith("_svd")
     name = method.removesuffix("_svd")
     options: dict = {"rank": RANK} if method.endswith("svd") else {}
@@ -35,10 +38,15 @@ def ours(method: str, layers: int, rounds: int) -> dict[str, float]:
     def work() -> None:
         jax.block_until_ready(merge(adapters, name, space=space, **options))
 
-    return _cost(work, lambda: None, rounds)
+    return _cost(work, lambda: None, settings.rounds)
 
 
-def _adapter(seed: int, layers: int) -> dict:
+def _shapes(settings: Settings) -> dict[str, tuple[int, int]]:
+    """The shapes of the projections that are merged."""
+    return {path: SHAPES[path] for path in SHAPES if path.split(".")[1] in settings.projections}
+
+
+def _adapter(seed: int, layers: int, shapes: Mapping[str, tuple[int, int]]) -> dict:
     """A random adapter of every projection."""
     import jax
     import numpy as np
@@ -50,32 +58,32 @@ def _adapter(seed: int, layers: int) -> dict:
     def draw(*shape: int):
         return jax.numpy.asarray(random.standard_normal((layers, *shape), np.float32))
 
-    return {p: LoRA(draw(i, RANK), draw(RANK, o), 2.0) for p, (i, o) in SHAPES.items()}
+    return {p: LoRA(draw(i, RANK), draw(RANK, o), 2.0) for p, (i, o) in shapes.items()}
 
 
-def peft(method: str, _: int, rounds: int) -> dict[str, float]:
+def peft(settings: Settings) -> dict[str, float]:
     """The same of PEFT's add_weighted_adapter on one layer; a slow merge is made once."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    names = {path: path.split(".")[1] for path in SHAPES}
+    (method,), shapes = settings.methods, _shapes(settings)
     layer = torch.nn.ModuleDict(
-        {names[path]: torch.nn.Linear(*shape, bias=False) for path, shape in SHAPES.items()}
+        {p.split(".")[1]: torch.nn.Linear(*shape, bias=False) for p, shape in shapes.items()}
     )
-    settings = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=list(names.values()), init_lora_weights=False
+    lora = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=list(layer), init_lora_weights=False
     )
-    model = get_peft_model(torch.nn.Sequential(layer), settings, "0")
+    model = get_peft_model(torch.nn.Sequential(layer), lora, "0")
     for number in range(1, COUNT):
-        model.add_adapter(str(number), settings)
+        model.add_adapter(str(number), lora)
     options: dict = {} if method in ("linear", "cat", "svd") else {"density": DENSITY}
 
     def work() -> None:
         adapters = [str(number) for number in range(COUNT)]
         model.add_weighted_adapter(adapters, [1.0] * COUNT, "merged", method, **options)
 
-    return _cost(work, lambda: model.delete_adapter("merged"), rounds, compiles=False)
+    return _cost(work, lambda: model.delete_adapter("merged"), settings.rounds, compiles=False)
 
 
 def _cost(
