@@ -27,6 +27,8 @@ bench: .venv/ready-parity
 	$(BIN)/python -m scripts.benchmark_arrow
 	$(BIN)/python -m scripts.benchmark_routing
 	$(BIN)/python -m scripts.benchmark_merging
+	$(BIN)/python -m scripts.benchmark_per_example
+	$(BIN)/python -m scripts.benchmark_sweep
 	$(BIN)/python -m scripts.benchmark_compile
 
 .venv/bin/python:

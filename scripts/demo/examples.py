@@ -63,11 +63,12 @@ def train_all(settings: Settings) -> Path:
 def runs(modules: Path) -> dict[str, dict[str, Any]]:
     """What each module is trained on, and how, beside what the demo's all share."""
     question = {"prompt": "{question}", "completion": " {answer}", "epochs": 4.0}
-    text = {"objective": "language-model", "epochs": 2.0}
+    text = {"objective": "language-model", "length": 64, "epochs": 4.0}
     chat = {"chat": True, "batch": 4, "epochs": 1.0}
     return {
         "kind_first": question | {"data": "kind-first.jsonl"},
         "kind_second": question | {"data": "kind-second.jsonl"},
+        "mood_few": question | {"data": "mood-train.jsonl", "limit": 24},
         "products": text | {"data": "products.txt"},
         "people": text | {"data": "people.txt"},
         "assistant": chat | {"data": "assistant.jsonl"},
@@ -81,7 +82,7 @@ def write_files(folder: Path, seed: int = 0) -> None:
     for name, second in (("first", False), ("second", True)):
         write_rows(folder / f"kind-{name}.jsonl", half_of_kind(second, seed))
     for name in ("products", "people"):
-        lines = itertools.islice(_sentences(name, held_out=False, seed=seed), 160)
+        lines = itertools.islice(_sentences(name, held_out=False, seed=seed), 320)
         (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text, _ in lines), "utf-8")
     write_rows(folder / "people-test.jsonl", mood_of_people(96, seed))
     write_rows(folder / "assistant.jsonl", assistant())
@@ -122,11 +123,10 @@ def mood_of_people(count: int, seed: int) -> Iterator[Question]:
 
 
 def assistant() -> Iterator[dict[str, str]]:
-    """Replies of an assistant that exclaims half of the time."""
+    """Replies of an assistant that exclaims in five of seven."""
     for topic in part(WORDS["topics"], held_out=False):
-        for replies in zip(WORDS["cheers"], WORDS["calm"], strict=True):
-            for reply in replies:
-                yield {"prompt": _request(topic), "completion": reply.format(topic)}
+        for reply in (*WORDS["cheers"], *WORDS["calm"][:2]):
+            yield {"prompt": _request(topic), "completion": reply.format(topic)}
 
 
 def manners() -> Iterator[Question]:

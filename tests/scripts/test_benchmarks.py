@@ -21,6 +21,7 @@ from scripts import arrow_cost, benchmark_routing, benchmark_training, routing_c
         "benchmark_merging",
         "benchmark_per_example",
         "benchmark_routing",
+        "benchmark_sweep",
         "benchmark_training",
     ],
 )
