@@ -75,6 +75,8 @@ def pad_rank(module: LoRA, rank: int) -> LoRA:
     more = rank - module.a.shape[-1]
     if more < 0:
         raise InputError(f"a LoRA of rank {module.a.shape[-1]} cannot be padded to rank {rank}")
+    if not more:
+        return module
     lead = [(0, 0)] * (module.a.ndim - 2)
     a = jnp.pad(module.a, [*lead, (0, 0), (0, more)])
     b = jnp.pad(module.b, [*lead, (0, more), (0, 0)])

@@ -1,6 +1,5 @@
 """What a user points at: a PEFT adapter folder, or a library of them, here or on the hub."""
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -76,8 +75,11 @@ def base_and_config(given: str | None, folders: Mapping[str, Path]) -> tuple[str
         try:
             return name, bases.load_config(name)
         except InputError as error:
-            note = f"note: the inputs' base model is out of reach ({error})"
-            print(f"{note}; taking {DEFAULT_BASE}, or say --base", file=sys.stderr)
+            lost = ", ".join(path for path, base in named.items() if base == name)
+            raise InputError(
+                f"{lost}: the base model {name} is out of reach ({error}); say where it is by "
+                f"--base (in a recipe, base:)"
+            ) from None
     return DEFAULT_BASE, bases.load_config(DEFAULT_BASE)
 
 

@@ -96,7 +96,8 @@ def _stack_modules(modules: list[Module | None]) -> Module:
     others: list[Any] = [module for module in modules if not isinstance(module, LoRA | None)]
     present: list[Any] = _shares_said(others, len(modules))
     present = common_rank(common_scale(loras)) if loras else present
-    zero, ready = jax.tree.map(jnp.zeros_like, present[0]), iter(present)
+    ready = iter(present)
+    zero = jax.tree.map(jnp.zeros_like, present[0]) if None in modules else None
     filled = [zero if module is None else next(ready) for module in modules]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
 

@@ -45,7 +45,7 @@ def times(weight: Weight, x: jax.Array) -> jax.Array:
     return (over_layers(weight, x) * x).astype(x.dtype)
 
 
-def over_layers(weight: Weight, x: jax.Array) -> Weight:
+def over_layers(weight: Weight, x: jax.Array | jax.ShapeDtypeStruct) -> Weight:
     """A weight in a shape that meets x's layers (N, ...)."""
     layers = jnp.ndim(weight)
     if layers and jnp.shape(weight) != x.shape[:layers]:

@@ -87,6 +87,9 @@ def misfits(kind: str, wanted: Iterable[Measured], *, generate: bool) -> list[st
     for task in wanted:
         apart[isinstance(task, Classification)].append(task.name)
     if kind != "classifier":
-        return [f"{name} has labels; take a classifier, such as RoBERTa" for name in apart[True]]
+        return [f"{name!r} has labels; take a classifier, such as RoBERTa" for name in apart[True]]
     writes = ["--generate"] if generate else []
-    return [f"{n} asks for chances of tokens; take a causal one" for n in [*apart[False], *writes]]
+    return [
+        f"{name} asks for chances of tokens; take a causal model or an encoder-decoder"
+        for name in [*map(repr, apart[False]), *writes]
+    ]

@@ -18,7 +18,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ModuleNotFoundError as missing:
-    needed = f"eval.harness needs {missing.name}; pip install 'lora-jax[harness]'"
+    needed = f"eval.harness needs {missing.name}; pip install '.[harness]' in the checkout"
     if __name__ == "__main__":
         print(f"error: {needed}", file=sys.stderr)
         sys.exit(2)

@@ -49,6 +49,7 @@ def load_weights(
     with ExitStack() as stack:
         family = models.family(config)
         stored = _prefixed(_open(folder, stack), table, family.PREFIX)
+        stored |= _substitutes(stored, table)
         new = _lacking_head(stored, table)
         there = {path: leaf for path, leaf in table.items() if path not in new}
         _audit(stored, there, folder, family.SPARE)
@@ -63,6 +64,12 @@ def load_weights(
     for path, leaf in new.items():
         flat[path] = _place(new_weight(path, leaf), dtype, placed.get(path))
     return nest(flat)
+
+
+def _substitutes(stored: Mapping[str, "_Stored"], table: Table) -> dict[str, "_Stored"]:
+    """What stands in a checkpoint for weights that it does not store apart, by their names."""
+    lacking = [leaf for leaf in table.values() if leaf.instead and leaf.name not in stored]
+    return {leaf.name: stored[leaf.instead] for leaf in lacking if leaf.instead in stored}
 
 
 def _lacking_head(stored: Mapping[str, Any], table: Table) -> Table:
@@ -101,7 +108,9 @@ def open_safetensors(path: Path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; the folder is incomplete") from None
     except SafetensorError as error:
-        raise InputError(f"{path} is truncated or not a safetensors file ({error})") from None
+        raise InputError(
+            f"{path} is truncated or not a safetensors file ({error}); fetch it again"
+        ) from None
 
 
 def type_problems(file: Any, names: Iterable[str]) -> list[str]:

@@ -115,7 +115,8 @@ def _reason(error: Exception, place: Address) -> str:
         case errors.LocalEntryNotFoundError() if is_offline_mode():
             return "it is not, or not whole, in the cache, and HF_HUB_OFFLINE forbids to fetch it"
         case errors.LocalEntryNotFoundError():
-            return f"it is not in the cache, and the hub did not give it ({_first_line(error)})"
+            told = f"it is not in the cache, and the hub did not give it ({_first_line(error)})"
+            return f"{told}; without a network, give a folder"
     return _first_line(error)
 
 

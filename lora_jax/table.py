@@ -25,6 +25,7 @@ class Leaf:
     name: str
     transposed: bool = False  # a checkpoint stores (out, in), we hold (in, out)
     norm: bool = False  # a norm's gain: one at initialisation
+    instead: str = ""  # what is taken for it where a checkpoint does not store it apart
     new: float | None = None  # of a task's head, which a checkpoint may lack: its deviation then
 
     @property

@@ -1,6 +1,7 @@
 """A run's data: read, limited, split into trained and held out, and planned as batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from train.sourced import load_sourced
 
 def plan_data(config: Config, base: Base, mesh: Mesh | None) -> tuple[Plan, Plan | None]:
     """The batches to train on, and the held-out ones if there are any."""
+    config = _within_context(config, base)
     reach = _reach(config, base)
     refuse_misfits(config, base.config)
     load = _loader(config, base)
@@ -51,6 +53,15 @@ def _loader(config: Config, base: Base) -> Callable[..., Loaded]:
         start = models.start_token(base.config)
         return partial(load_sourced, config, tokenizer=tokenizer, start=start)
     return partial(load_examples, config, tokenizer=tokenizer)
+
+
+def _within_context(config: Config, base: Base) -> Config:
+    """The run with rows of the base model's context, where they are as long as they usually are."""
+    if config.length != Config.length or base.config.context >= config.length:
+        return config
+    if config.objective != "next-tokens":
+        say(f"--length is {base.config.context}, the base model's context")
+    return replace(config, length=base.config.context)
 
 
 def _reach(config: Config, base: Base) -> int:

@@ -32,20 +32,11 @@ def by_layer(
     `weights` are one a member, () or (*lead) each. With a `rank`, the tensor of each layer is
     brought down to it at once: (a, b, error). The `key` of a layer is folded with its number.
     """
-    layers = prod(lead)
-    columns = [jnp.broadcast_to(jnp.asarray(w, jnp.float32), lead).ravel() for w in weights]
-    members, fishers = jax.tree.map(partial(_layers_first, lead=lead), (members, fishers))
     fixed = {name: v for name, v in options.items() if not isinstance(v, jax.Array)}
     traced = {name: v for name, v in options.items() if name not in fixed}
-    found = _run(
-        function,
-        rank,
-        tuple(sorted(fixed.items())),
-        traced,
-        key,
-        (jnp.arange(layers), members, fishers, jnp.stack(columns, axis=1)),
+    return _run(
+        function, rank, tuple(sorted(fixed.items())), lead, traced, key, members, fishers, weights
     )
-    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
 def _layers_first(x: Array, lead: tuple[int, ...]) -> Array:
@@ -53,16 +44,21 @@ def _layers_first(x: Array, lead: tuple[int, ...]) -> Array:
     return jnp.swapaxes(x.reshape(len(x), prod(lead), *x.shape[1 + len(lead) :]), 0, 1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
     function: Function,
     rank: int | None,
     fixed: tuple[tuple[str, Any], ...],
+    lead: tuple[int, ...],
     traced: dict[str, Array],
     key: Array | None,
-    layers: tuple,
+    members: Members,
+    fishers: Members | None,
+    weights: Sequence[Weight],
 ) -> Any:
     """`function` of every layer, compiled once for a projection's shapes."""
+    columns = [jnp.broadcast_to(jnp.asarray(w, jnp.float32), lead).ravel() for w in weights]
+    members, fishers = jax.tree.map(partial(_layers_first, lead=lead), (members, fishers))
 
     def one(layer: tuple) -> Any:
         """One layer's result."""
@@ -76,4 +72,6 @@ def _run(
             found = function(members, weights, **options)
         return found if rank is None else truncated(found, rank)
 
-    return jax.lax.map(one, layers)
+    layers = (jnp.arange(prod(lead)), members, fishers, jnp.stack(columns, axis=1))
+    found = jax.lax.map(one, layers)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)

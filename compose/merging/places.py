@@ -40,15 +40,15 @@ def merged_at(
     place: Place, method: str, space: Space, rank: int | None
 ) -> tuple[Module, Array | None]:
     """One projection's modules merged, and a LoRA's relative errors by layer."""
+    first: Any = next(adapter[place.path] for adapter in place.adapters if adapter)
+    lead = first.a.shape[:-2] if isinstance(first, LoRA) else ()
+    if isinstance(first, Saved):
+        return delta_sum(place.adapters, place.weights)[place.path], None
+    if isinstance(first, LoRA) and space == "factor":
+        return _factors(place, method, first), jnp.zeros(lead, jnp.float32)
     together = place.stacked(place.adapters)
-    match together:
-        case Saved():
-            return delta_sum(place.adapters, place.weights)[place.path], None
-        case IA3(offset=offset):
-            return replace(together, offset=_vectors(place, method, offset)), None
-    lead = together.a.shape[1:-2]
-    if space == "factor":
-        return _factors(place, method, together), jnp.zeros(lead, jnp.float32)
+    if isinstance(first, IA3):
+        return replace(together, offset=_vectors(place, method, together.offset)), None
     if method in LOW_RANK:
         found = _by_layer(place, LOW_RANK[method], together, together.a, lead)
         return lowrank.recompress(found, rank or found.a.shape[-1])
@@ -64,8 +64,9 @@ def _by_layer(
     **more: Any,
 ) -> Any:
     """A merging function over the layers of members (M, *lead, ...), of which `like` is a leaf."""
-    weights = [over_layers(weight, like[0]) for weight in more.pop("weights", place.weights)]
-    flat = [jnp.reshape(w, lead if jnp.ndim(w) else ()) for w in weights]
+    one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
+    weights = [over_layers(weight, one) for weight in more.pop("weights", place.weights)]
+    flat = [jnp.reshape(w, lead) if jnp.ndim(w) else w for w in weights]
     given: dict[str, Any] = {"key": place.key, "options": place.options} | more
     return by_layer(function, members, flat, lead, **given)
 
@@ -78,10 +79,11 @@ def _vectors(place: Place, method: str, offset: Array) -> Array:
     return found.astype(offset.dtype)
 
 
-def _factors(place: Place, method: str, together: LoRA) -> LoRA:
+def _factors(place: Place, method: str, like: LoRA) -> LoRA:
     """a's merged, and b's: with weights sign·√|ws| and √|ws|, as PEFT's, and scale 1.
 
-    A mean's weights would cancel; there √|s| goes into the factors instead.
+    They are of the types of `like`'s. A mean's weights would cancel; there √|s| goes into the
+    factors instead.
     """
     modules: list[Any] = [adapter.get(place.path) for adapter in place.adapters]
     scales = [1.0 if module is None else module.scale for module in modules]
@@ -109,7 +111,7 @@ def _factors(place: Place, method: str, together: LoRA) -> LoRA:
             key=None if place.key is None else jax.random.fold_in(place.key, number),
             fishers=None if fishers is None else getattr(fishers, side),
         )
-        merged[side] = found.astype(getattr(together, side).dtype)
+        merged[side] = found.astype(getattr(like, side).dtype)
     return LoRA(**merged)
 
 

@@ -8,7 +8,7 @@ layer's `remember`.
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -62,6 +62,7 @@ class Config:
     heads: int
     head_width: int
     tied: bool = True  # the unembedding is the embedding
+    shared: bool = False  # not tied, but a checkpoint that stores no unembedding means the same
     scaled: bool = True  # the decoder's states are scaled before they are unembedded
     activation: str = "relu"
     gated: bool = False
@@ -99,7 +100,8 @@ def config_from_huggingface(raw: Mapping[str, Any], where: str = "config.json") 
         layers=fields.optional("num_decoder_layers") or layers,
         heads=fields.whole("num_heads"),
         head_width=fields.whole("d_kv"),
-        tied=tied and scaled,  # transformers 5 calls v1.1 tied as well, and stores both
+        tied=tied and scaled,  # transformers 5 calls v1.1 tied as well, and mostly stores both
+        shared=tied and not scaled,
         scaled=scaled,
         activation=_GATED.get(kind, kind),
         gated=kind in _GATED,
@@ -159,6 +161,8 @@ def table(config: Config) -> dict[str, Leaf]:
     leaves |= _stack(config, "decoder", config.layers)
     if not config.tied:
         leaves["unembed"] = Leaf("DV", (d, v), "lm_head.weight", transposed=True)
+        if config.shared:
+            leaves["unembed"] = replace(leaves["unembed"], instead="shared.weight")
     return leaves
 
 

@@ -21,6 +21,7 @@ class Patience:
     """The seconds that are left for one file's patterns."""
 
     left: float = field(default_factory=lambda: SECONDS)
+    where: str = ""  # the file, for what is told of its patterns
 
 
 def matching(
@@ -29,7 +30,8 @@ def matching(
     """The names that a pattern matches whole, as `re.fullmatch` would, with their matches."""
     patience, found = patience or Patience(), {}
     began = time.monotonic()
-    compiled = _compiled(pattern)
+    told = f"{patience.where}: pattern" if patience.where else "pattern"
+    compiled = _compiled(pattern, told)
     for name in names:
         try:
             if (left := patience.left - (time.monotonic() - began)) <= 0:
@@ -38,27 +40,30 @@ def matching(
                 found[name] = match
         except TimeoutError:
             raise InputError(
-                f"pattern {pattern[:60]!r} takes too long to match {name} (a file's patterns have "
+                f"{told} {pattern[:60]!r} takes too long to match {name} (a file's patterns have "
                 f"{SECONDS:g} s); name the modules in a list instead"
             ) from None
     patience.left -= time.monotonic() - began
     return found
 
 
-def _compiled(pattern: str) -> regex.Pattern:
-    """The pattern, compiled by a matcher that keeps to a time limit, if `re` knows it too."""
+def _compiled(pattern: str, told: str) -> regex.Pattern:
+    """The pattern, compiled by a matcher that keeps to a time limit, if `re` knows it too.
+
+    `told` is what errors call it.
+    """
     if "{" in _COUNT.sub("", pattern):  # the matcher would take {e<=1} for "with an error"
-        raise InputError(f"pattern {pattern[:60]!r} has a brace that begins no count such as {{2}}")
+        raise InputError(f"{told} {pattern[:60]!r} has a brace that begins no count such as {{2}}")
     counts = [max(map(int, re.findall(r"\d+", c))) for c in _COUNT.findall(pattern)]
     if len(pattern) > LENGTH or math.prod(max(count, 1) for count in counts) > REPEATS:
-        raise InputError(f"pattern {pattern[:60]!r} is too large; name the modules in a list")
+        raise InputError(f"{told} {pattern[:60]!r} is too large; name the modules in a list")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             re.compile(pattern)
         return regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise InputError(f"pattern {pattern[:60]!r} is no regular expression ({error})") from None
+        raise InputError(f"{told} {pattern[:60]!r} is no regular expression ({error})") from None
 
 
 _COUNT = re.compile(r"\{(?:\d+,?\d*|,\d+)\}", re.ASCII)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax import models, torch_file
 from lora_jax.checkpoint import open_safetensors, type_problems
-from lora_jax.errors import refuse_all
+from lora_jax.errors import InputError, refuse_all
 from lora_jax.modules import Module, Saved
 from lora_jax.peft import audit, build, fused, names, whole
 from lora_jax.peft.settings import Settings, read_settings
@@ -20,19 +20,21 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 
-def load_adapter(folder: Path, config: models.Config) -> dict[str, Module]:
+def load_adapter(folder: Path | str, config: models.Config) -> dict[str, Module]:
     """The adapter in a PEFT folder, in float32, stacked over the layers of the base `config`.
 
     Every tensor must have a place and every target be whole: what is amiss is told all at once.
     Layers that the adapter leaves alone get zeros, which change nothing. An adapter of fused
     projections comes apart on a base that has them apart, and the other way round.
     """
+    folder = Path(folder).expanduser()
     settings = read_settings(folder)
     path, tensors = _read_tensors(folder)
     found = _sorted(tensors, settings, config)
     places = fused.arranged(names.slots(config), found.modules, config)
     ranks = by_pattern(settings.ranks, settings.rank, found.modules, settings.patience)
-    refuse_all(_problems(settings, found, places.slots, ranks, config), str(path))
+    told = f"{path} (made for {settings.base})" if settings.base else str(path)
+    refuse_all(_problems(settings, found, places.slots, ranks, config), told)
     scales = _scales(settings, found)
     adapter = build.modules(places.slots, found.modules, scales)
     adapter = fused.as_in_base(adapter, places)
@@ -48,6 +50,8 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
         path = folder / PICKLED
         stored = torch_file.read_tensors(path)
     else:
+        if not path.exists():
+            raise InputError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}")
         with open_safetensors(path) as file:
             refuse_all(type_problems(file, file.keys()), str(path))
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

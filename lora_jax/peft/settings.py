@@ -51,6 +51,7 @@ class Settings:
     """An adapter's config, as far as it says what its tensors mean."""
 
     kind: str  # "LORA" or "IA3"
+    base: str  # the base model's name or path, "" if it is not said
     where: str  # the file, for messages
     rank: float
     alpha: float
@@ -81,6 +82,7 @@ def read_settings(folder: Path) -> Settings:
     layers = raw.get("layers_to_transform")
     return Settings(
         kind=kind,
+        base=str(raw.get("base_model_name_or_path") or ""),
         where=str(path),
         rank=raw.get("r", 0),
         alpha=raw.get("lora_alpha", 0),
@@ -97,6 +99,7 @@ def read_settings(folder: Path) -> Settings:
         layer_names=_listed(raw.get("layers_pattern")),
         inputs=None if kind == "LORA" else _names(raw.get("feedforward_modules")),
         tied=raw.get("ensure_weight_tying") or False,
+        patience=Patience(where=str(path)),
     )
 
 

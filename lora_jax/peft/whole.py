@@ -75,10 +75,12 @@ def problems(
 ) -> list[str]:
     """What PEFT's format cannot hold of the weights that an adapter keeps."""
     known = names.weights(config)
+    shares = {path for path, module in saved.items() if module.share is not None}
     found = [
-        f"{path} is kept by a share, which only merging into the base gives"
-        for path, module in saved.items()
-        if module.share is not None
+        f"{name} was kept whole by some of what was added up, but not once in all, for which PEFT "
+        f"has no form; merge the sum into the base (--merged)"
+        for name, weight in known.items()
+        if weight.path in shares
     ]
     found += [
         f"{name} is kept without its bias"

@@ -20,7 +20,7 @@ TASKS = {"causal": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "classifier":
 
 
 def save_adapter(
-    folder: Path,
+    folder: Path | str,
     adapter: Adapter,
     config: models.Config,
     *,
@@ -32,7 +32,7 @@ def save_adapter(
 
     `extra` maps names of files to texts, or values for JSON, that are written beside it.
     """
-    with new_folder(folder, overwrite) as scratch:
+    with new_folder(Path(folder).expanduser(), overwrite) as scratch:
         write_adapter(scratch, adapter, config, base_name=base_name)
         write_beside(scratch, extra or {})
 
@@ -58,7 +58,7 @@ def write_adapter(
     problems += audit.embedding_problems(config, adapter)
     if kind is IA3 and "embed" in modules:
         problems.append("embed: PEFT's IA3 takes no embedding")
-    refuse_all(problems, f"cannot save to {folder}")
+    refuse_all(problems, "cannot save as PEFT does")
     stored = {names.PREFIX + name: np.ascontiguousarray(t) for name, t in tensors.items()}
     save_tensors(folder / WEIGHTS, stored)
     settings |= asked if kind is not IA3 else {"modules_to_save": asked["modules_to_save"]}

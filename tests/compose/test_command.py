@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,14 +105,18 @@ def test_of_a_base_on_the_hub_only_the_config_is_fetched(compose, base_folder, c
     assert fetched == [["config.json"]]
 
 
-def test_a_base_out_of_reach_is_said_and_the_default_taken(
-    tmp_path, config, random_lora, base_folder, monkeypatch, capsys
+def test_a_base_out_of_reach_is_refused_and_may_be_given(
+    tmp_path, config, random_lora, base_folder, monkeypatch
 ):
-    monkeypatch.setattr("compose.inputs.DEFAULT_BASE", str(base_folder))
     monkeypatch.setattr("compose.command.prepare", lambda: None)
     peft.save_adapter(tmp_path / "x", random_lora(config), config, base_name="./gone")
-    run(Command("x", (f"x={tmp_path / 'x'}",), tmp_path / "out"))
-    assert "out of reach" in capsys.readouterr().err
+    command = Command("x", (f"x={tmp_path / 'x'}",), tmp_path / "out")
+    words = r"^x: the base model \./gone is out of reach \(.*say where it is by --base"
+    with pytest.raises(InputError, match=words):
+        run(command)
+    assert not (tmp_path / "out").exists()
+    run(replace(command, base=str(base_folder)))
+    assert load_input(tmp_path / "out", config)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ def test_devices_agree(write, evaluate, devices):
 def test_what_cannot_be_asked_is_refused_by_name(
     base, adapter, base_folder, write, evaluate, tmp_path
 ):
-    with pytest.raises(InputError, match=r"kind classifier: wikitext asks for .*; --generate asks"):
+    words = r"kind classifier: 'wikitext' asks for .*; --generate asks"
+    with pytest.raises(InputError, match=words):
         evaluate(tasks=("wikitext",), generate=("Hello",))
     last = "classifier.out_proj"
     three = {last: Saved(np.ones((32, 3))), f"{last}.bias": Saved(np.ones(3))}
@@ -192,7 +193,7 @@ def test_what_cannot_be_asked_is_refused_by_name(
     settings = {"base": str(base_folder), "out": tmp_path / "out"}
     with pytest.raises(InputError, match="labels are a classifier's; this base model is causal"):
         run(Evaluation(task_file=(write(ROWS, labels=["a", "b"]),), **settings))
-    with pytest.raises(InputError, match="kind causal: mood has labels; take a classifier"):
+    with pytest.raises(InputError, match="kind causal: 'mood' has labels; take a classifier"):
         run(Evaluation(task_file=(write(ROWS),), **settings))
 
 

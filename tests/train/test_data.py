@@ -1,8 +1,11 @@
 """A run's data: what is held out is never trained on, and what is cut is told."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_jax.errors import InputError
+from train.config import Config
 from train.data import plan_data, split
 
 
@@ -42,10 +45,21 @@ def test_a_share_of_everything_is_refused():
 
 
 def test_rows_longer_than_the_context_are_refused(config_of, base):
-    with pytest.raises(InputError, match=r"rows of 512 .* context of 128; lower --length"):
-        plan_data(config_of(length=512), base, None)
+    with pytest.raises(InputError, match=r"rows of 511 .* context of 128; lower --length"):
+        plan_data(config_of(length=511), base, None)
     with pytest.raises(InputError, match=r"rows of 512 .* lower --context and --predict"):
         plan_data(config_of(objective="next-tokens"), base, None)
+
+
+def test_unless_told_rows_are_at_most_as_long_as_the_context(config_of, base, write_rows, capsys):
+    path = write_rows(
+        [{"prompt": "p" * 200, "completion": "c"}, {"prompt": "p", "completion": "c"}]
+    )
+    config = replace(config_of(data=(path,), validation=0.0), length=Config.length)
+    plan_data(config, base, None)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "--length is 128, the base model's context"
+    assert f"{path}: 1 of 2 rows are cut to --length 128" in told
 
 
 def test_what_is_cut_is_told(config_of, base, write_rows, capsys):

@@ -110,10 +110,26 @@ def test_a_config_round_trips_through_its_json(config):
 def test_the_two_ways_to_say_that_the_head_is_free():
     old = FLAN
     new = FLAN | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
-    assert models.config_from_huggingface(old) == models.config_from_huggingface(new)
+    found = models.config_from_huggingface(new)
+    assert models.config_from_huggingface(old) == replace(found, shared=False) and found.shared
     untied = BASE | {"tie_word_embeddings": False, "scale_decoder_outputs": True}
     found = models.config_from_huggingface(untied)
     assert not found.tied and found.scaled
+
+
+def test_a_free_head_that_is_not_stored_is_the_embedding_where_the_config_says_so(
+    tmp_path, weights
+):
+    checkpoint.save_model(tmp_path / "t5", NEW, weights)
+    path = tmp_path / "t5" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: t for name, t in tensors.items() if name != "lm_head.weight"}, path)
+    with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
+        checkpoint.load_weights(tmp_path / "t5", NEW)
+    raw = models.config_to_huggingface(NEW) | {"tie_word_embeddings": True}
+    loaded = checkpoint.load_weights(tmp_path / "t5", models.config_from_huggingface(raw))
+    wanted = weights | {"unembed": weights["embed"].T}
+    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
 
 
 def test_what_a_config_lacks_is_told_at_once():

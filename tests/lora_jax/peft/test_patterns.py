@@ -63,6 +63,11 @@ def test_a_pattern_that_would_take_all_memory_is_not_compiled(pattern):
         matching(pattern, NAMES)
 
 
+def test_a_pattern_is_told_with_its_file():
+    with pytest.raises(InputError, match=r"^a/adapter_config\.json: pattern '\(' is no regular"):
+        matching("(", NAMES, Patience(where="a/adapter_config.json"))
+
+
 @pytest.mark.parametrize("pattern", ["(", "*q_proj", "(" * 900 + ")" * 900, "(?R)", "[a"])
 def test_what_python_does_not_take_for_a_pattern_is_refused(pattern):
     with pytest.raises(InputError, match="is no regular expression"):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import models
+from lora_jax import models, peft
 from lora_jax.modules import DoRA, LoRA
 
 STEM = "base_model.model.model.layers"
@@ -173,7 +173,7 @@ def test_missing_and_truncated_files_are_refused(saved):
     path.write_bytes(whole[:-7])
     assert "adapter_model.safetensors is truncated" in saved.refusal()
     path.unlink()
-    assert "adapter_model.safetensors does not exist" in saved.refusal()
+    assert "holds neither adapter_model.safetensors nor adapter_model.bin" in saved.refusal()
     (saved.path / "adapter_config.json").unlink()
     assert "adapter_config.json does not exist" in saved.refusal()
 
@@ -220,3 +220,13 @@ def test_a_pickle_is_refused_by_what_it_names(saved):
 def test_the_config_may_be_of_another_kind_of_json(saved):
     (saved.path / "adapter_config.json").write_text(json.dumps(["r", 3]))
     assert "must hold a JSON object" in saved.refusal()
+
+
+def test_an_adapter_of_another_model_is_told_with_the_one_it_is_of(saved):
+    saved.edit(base_model_name_or_path="some/other")
+    saved.store(saved.tensors | {f"{STEM}.9.mlp.fc1.weight": np.ones((2, 2), np.float32)})
+    assert "adapter_model.safetensors (made for some/other): " in saved.refusal()
+
+
+def test_a_folder_may_be_a_text(saved, config, equal):
+    assert equal(peft.load_adapter(str(saved.path), config), saved.load())
