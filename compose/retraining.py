@@ -12,6 +12,7 @@ from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import read_json
 
 # What belongs to a run and not to what it trains; a preset's settings are all written out.
+_READS = ("objective", "prompt", "completion", "second", "label", "chat")  # how rows are read
 _OWN = ("data", "validation_data", "out", "preset", "mix", "resume", "overwrite")
 
 
@@ -100,11 +101,13 @@ def _each_once(configs: list[dict[str, Any]], key: str) -> tuple[str, ...]:
 
 def script(runs: list[Retraining], out: Path) -> str:
     """The runs as a shell script, with what the members of a cluster do not agree on."""
-    lines = ["#!/bin/sh", "set -e"]
+    lines = ["#!/bin/sh", "# Paths of data are as the members' own runs had them.", "set -e"]
     for run in runs:
         lines += ["", f"# {run.name}: {', '.join(run.members)}"]
-        if run.differing:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in run.differing)
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in run.differing)
+        if flags:
             lines.append(f"# its members differ in {flags}: at lora-train's defaults here")
-        lines.append(run.command(out))
+        if apart := set(run.differing) & set(_READS):
+            lines.append("# Their rows are read in different ways: give them one form, then run")
+        lines.append(f"# {run.command(out)}" if apart else run.command(out))
     return "\n".join(lines) + "\n"

@@ -43,13 +43,15 @@ def tsv(members: LoRA, weights: Array, *, keep: int | None = None) -> LoRA:
     return product(orthonormal(u) * s, orthonormal(v).T, members)
 
 
-def _triplets(members: LoRA, keep: int) -> tuple[Array, Array, Array]:
+def _triplets(members: LoRA, keep: int, first: Array | None = None) -> tuple[Array, Array, Array]:
     """The first of each module's singular triplets: U (I, M·keep), S (M, keep), V (O, M·keep).
 
-    Vectors without strength are zero.
+    Vectors without strength are zero, and those beyond the `first` few, if it is given.
     """
     u, s, vt = lowrank.svd(members)
     there = significant(s, members.a.shape[-1])[:, None]
+    if first is not None:
+        there &= jnp.arange(there.shape[-1]) < first
     u, s, v = (x[..., :keep] for x in (u * there, s * there[:, 0], vt.mT * there))
     return rearrange(u, "M I K -> I (M K)"), s, rearrange(v, "M O K -> O (M K)")
 
@@ -84,11 +86,13 @@ def iso_cts(members: LoRA, weights: Array, *, common: float = 0.8) -> LoRA:
     total, count = jnp.einsum("MKR,MRL->KL", a, b), len(a)
     if count == 1:
         return product(left, total @ right, members)
-    size = min(total.shape)
-    own = round((size - int(size * common)) / count)
     u, s, vt = directions(total)
-    u, s, v = (x[..., : size - own * count] for x in (u, s, vt.T))
-    own_u, own_s, own_v = _triplets(LoRA(a, b - b @ v @ v.T), own)
+    # How many directions each module has of its own, by the rank of the sum: padding counts none.
+    each = [round((rank - int(rank * common)) / count) for rank in range(len(s) + 1)]
+    rank = jnp.sum(s > 0)
+    own = jnp.array(each)[rank]
+    u, s, v = (x * (jnp.arange(len(s)) < rank - own * count) for x in (u, s, vt.T))
+    own_u, own_s, own_v = _triplets(LoRA(a, b - b @ v @ v.T), each[-1], own)
     s = jnp.concatenate([s, own_s.ravel()])
     strength = jnp.sum(s) / jnp.maximum(jnp.sum(s > 0), 1)
     u = orthonormal(jnp.hstack([u, own_u]))

@@ -56,9 +56,17 @@ def test_the_command_is_a_run_on_all_data_with_the_settings_shared(folders, tmp_
 
 def test_the_script_says_what_members_do_not_share(folders, tmp_path):
     told = script(retraining(folders, CLUSTERS), tmp_path).splitlines()
-    assert told[0] == "#!/bin/sh" and told[3] == "# cluster_1: x, y"
-    assert told[4] == "# its members differ in --learning-rate: at lora-train's defaults here"
+    assert told[0] == "#!/bin/sh" and told[4] == "# cluster_1: x, y"
+    assert told[5] == "# its members differ in --learning-rate: at lora-train's defaults here"
     assert sum(line.startswith("lora-train ") for line in told) == 2
+
+
+def test_rows_that_are_read_in_different_ways_are_not_trained_on_together(folders, tmp_path):
+    mixed = replace(CLUSTERS, groups=(("x", "z"), ("y",)))
+    told = script(retraining(folders, mixed), tmp_path).splitlines()
+    assert "# Their rows are read in different ways: give them one form, then run" in told
+    assert sum(line.startswith("# lora-train ") for line in told) == 1
+    assert sum(line.startswith("lora-train ") for line in told) == 1
 
 
 def test_records_that_tell_nothing_are_refused_together(folders, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from compose.merging.singular import iso_c, iso_cts, tsv
 from lora_jax.errors import InputError
+from lora_jax.modules import LoRA
 
 WEIGHTS = jnp.array([0.7, -1.3, 2.0])
 run_tsv = jax.jit(tsv, static_argnames="keep")
@@ -96,9 +97,18 @@ def test_ranks_of_padding_take_no_part(members, deltas, far, method):
     grown = m.replace(
         a=jnp.pad(m.a, [(0, 0), (0, 0), (0, 1)]), b=jnp.pad(m.b, [(0, 0), (0, 1), (0, 0)])
     )
-    options = {"common": 1.0} if method is run_iso_cts else {}
-    found = deltas(method(grown, WEIGHTS, **options))
-    assert far(found, deltas(method(m, WEIGHTS, **options))) < 1e-5
+    found = deltas(method(grown, WEIGHTS))
+    assert far(found, deltas(method(m, WEIGHTS))) < 1e-5
+
+
+def test_iso_cts_of_unequal_ranks_knows_no_order_and_follows_the_modules_size(members, deltas, far):
+    m = members(rank=4)
+    m = m.replace(b=m.b.at[0, 2:].set(0).at[2, 1:].set(0))  # ranks 2, 4 and 1
+    found = deltas(run_iso_cts(m, WEIGHTS))
+    assert far(found, dense_iso_cts(deltas(m), np.asarray(WEIGHTS), 7, 0.8)) < 1e-5
+    turned = LoRA(m.a[::-1], m.b[::-1], m.scale)
+    assert far(deltas(run_iso_cts(turned, WEIGHTS[::-1])), found) < 1e-5
+    assert far(deltas(run_iso_cts(m.replace(b=3 * m.b), WEIGHTS)), 3 * found) < 1e-5
 
 
 @pytest.mark.parametrize(
