@@ -1,5 +1,6 @@
 """What cannot be merged, told before anything is."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter
@@ -11,6 +12,14 @@ from compose.merging.methods import ELEMENTWISE, LOW_RANK, METHODS, SUMS, VECTOR
 from compose.weights import Weights, refuse_lost
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.modules import IA3, Adapter, Module, Saved
+
+# The least and the largest of options that are numbers, as far as they have any.
+_BOUNDS = {
+    "damping": (0, math.inf),
+    "beta": (0, 1),
+    "rate": (0, math.inf),
+    "tolerance": (0, math.inf),
+}
 
 
 def refuse_unfit(
@@ -27,6 +36,9 @@ def refuse_unfit(
         raise InputError("a merge of no modules is undefined; give at least one")
     if len(adapters) != len(weights):
         raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
+    endless = [w for w in weights if isinstance(w, float) and not math.isfinite(w)]
+    if endless:
+        raise InputError(f"a weight is {endless[0]}; weights are finite numbers")
     if rank is not None and rank < 1:
         raise InputError(f"rank must be at least 1; got {rank}")
     _refuse_space(method, space, rank)
@@ -54,7 +66,22 @@ def refuse_method(method: str, options: Mapping[str, Any]) -> None:
         for name, option in known.items()
         if option.default is Parameter.empty and name not in options
     ]
+    wrong += [problem for name, value in options.items() for problem in _beyond(name, value)]
     refuse_all(wrong, "merging")
+
+
+def _beyond(name: str, value: Any) -> Iterable[str]:
+    """What is wrong with an option's value, where it is a plain number or should be one."""
+    if isinstance(value, str) and name not in ("inner", "majority"):
+        yield f"{name} is a number; got {value!r}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    least, most = _BOUNDS.get(name, (-math.inf, math.inf))
+    if not math.isfinite(value):
+        yield f"{name} must be finite; got {value}"
+    elif not least <= value <= most:
+        most = f" and at most {most:g}" if most < math.inf else ""
+        yield f"{name} must be at least {least:g}{most}; got {value:g}"
 
 
 def _refuse_space(method: str, space: str, rank: int | None) -> None:

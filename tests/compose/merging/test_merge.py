@@ -183,6 +183,10 @@ ONE = {UP: LoRA(jnp.ones((2, 5, 1)), jnp.ones((2, 1, 9)))}
         ([ONE], "ties", {"weights": [1.0, 2.0]}, "1 modules need as many weights; got 2"),
         ([ONE], "ties", {"gamma": 1.0}, "ties has no option 'gamma'; it has density, majority"),
         ([ONE], "linear", {"density": 1.0}, "linear has no option 'density'; it has none"),
+        ([ONE], "wudi", {"damping": -1}, "damping must be at least 0; got -1"),
+        ([ONE], "compress_then_merge", {"beta": 2.0}, "beta must be at least 0 and at most 1"),
+        ([ONE], "slerp", {"t": float("nan")}, "t must be finite; got nan"),
+        ([ONE], "dare_linear", {"density": "a"}, "density is a number; got 'a'"),
         ([ONE], "fisher", {}, "fisher needs fishers"),
         ([ONE], "fisher", {"fishers": []}, "1 modules need as many fishers; got 0"),
         ([ONE], "fisher", {"fishers": [{}]}, r"fishers\[0\] lacks mlp.up_proj"),
@@ -201,3 +205,8 @@ ONE = {UP: LoRA(jnp.ones((2, 5, 1)), jnp.ones((2, 1, 9)))}
 def test_what_cannot_be_merged_is_refused(adapters, method, options, words):
     with pytest.raises(InputError, match=words):
         merge(adapters, method, **options)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    with pytest.raises(InputError, match="a weight is nan; weights are finite numbers"):
+        merge([ONE, ONE], "ties", weights=[float("nan"), 1.0])
