@@ -286,5 +286,6 @@ def test_the_command_names_the_model(harness):
 def test_without_lm_eval_one_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "eval.harness", raising=False)
-    with pytest.raises(InputError, match=r"needs lm_eval; pip install '\.\[harness\]' in the checkout"):
+    words = r"needs lm_eval; pip install '\.\[harness\]' in the checkout"
+    with pytest.raises(InputError, match=words):
         importlib.import_module("eval.harness")
