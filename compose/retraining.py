@@ -11,8 +11,9 @@ from compose.provenance import TRAINED
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import read_json
 
+# What says how rows are read, and so must be the same for rows that are trained on together.
+_READS = ("objective", "prompt", "completion", "second", "label", "chat")
 # What belongs to a run and not to what it trains; a preset's settings are all written out.
-_READS = ("objective", "prompt", "completion", "second", "label", "chat")  # how rows are read
 _OWN = ("data", "validation_data", "out", "preset", "mix", "resume", "overwrite")
 
 

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from inspect import Parameter
 from typing import Any
 
+import jax
+
 from compose.align import by_projection
 from compose.arithmetic import refuse_sum
 from compose.merging.methods import ELEMENTWISE, LOW_RANK, METHODS, SUMS, VECTOR, options_of
@@ -36,7 +38,8 @@ def refuse_unfit(
         raise InputError("a merge of no modules is undefined; give at least one")
     if len(adapters) != len(weights):
         raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
-    endless = [w for w in weights if isinstance(w, float) and not math.isfinite(w)]
+    plain = [] if isinstance(weights, jax.Array) else weights
+    endless = [w for w in plain if isinstance(w, float) and not math.isfinite(w)]
     if endless:
         raise InputError(f"a weight is {endless[0]}; weights are finite numbers")
     if rank is not None and rank < 1:
@@ -66,13 +69,15 @@ def refuse_method(method: str, options: Mapping[str, Any]) -> None:
         for name, option in known.items()
         if option.default is Parameter.empty and name not in options
     ]
-    wrong += [problem for name, value in options.items() for problem in _beyond(name, value)]
+    given = {name: value for name, value in options.items() if name in known}
+    wrong += [p for name, value in given.items() for p in _beyond(known[name], value)]
     refuse_all(wrong, "merging")
 
 
-def _beyond(name: str, value: Any) -> Iterable[str]:
+def _beyond(option: Parameter, value: Any) -> Iterable[str]:
     """What is wrong with an option's value, where it is a plain number or should be one."""
-    if isinstance(value, str) and name not in ("inner", "majority"):
+    name = option.name
+    if isinstance(value, str) and option.annotation is not str:
         yield f"{name} is a number; got {value!r}"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
@@ -80,8 +85,8 @@ def _beyond(name: str, value: Any) -> Iterable[str]:
     if not math.isfinite(value):
         yield f"{name} must be finite; got {value}"
     elif not least <= value <= most:
-        most = f" and at most {most:g}" if most < math.inf else ""
-        yield f"{name} must be at least {least:g}{most}; got {value:g}"
+        upper = f" and at most {most:g}" if most < math.inf else ""
+        yield f"{name} must be at least {least:g}{upper}; got {value:g}"
 
 
 def _refuse_space(method: str, space: str, rank: int | None) -> None:

@@ -88,7 +88,7 @@ def iso_cts(members: LoRA, weights: Array, *, common: float = 0.8) -> LoRA:
         return product(left, total @ right, members)
     u, s, vt = directions(total)
     # How many directions each module has of its own, by the rank of the sum: padding counts none.
-    each = [round((rank - int(rank * common)) / count) for rank in range(len(s) + 1)]
+    each = [round((size - int(size * common)) / count) for size in range(len(s) + 1)]
     rank = jnp.sum(s > 0)
     own = jnp.array(each)[rank]
     u, s, v = (x * (jnp.arange(len(s)) < rank - own * count) for x in (u, s, vt.T))

@@ -6,9 +6,10 @@ The data are made here as the demo's are, and every module starts from the demo'
 """
 
 import itertools
+import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ import tyro
 
 from lora_jax.errors import InputError
 from lora_jax.files import write_json
-from scripts.demo import tasks
-from scripts.demo.tasks import WORDS, Question, part, write_rows
+from scripts.demo.tasks import WORDS, Question, part, request, write_rows
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def runs(modules: Path) -> dict[str, dict[str, Any]]:
 
 def write_files(folder: Path, seed: int = 0) -> None:
     """Writes rows, texts and task files into the demo's folder of data."""
+    kind = (folder / "kind-train.jsonl").read_text("utf-8").splitlines()
     for name, second in (("first", False), ("second", True)):
-        write_rows(folder / f"kind-{name}.jsonl", half_of_kind(second, seed))
+        write_rows(folder / f"kind-{name}.jsonl", half_of_kind(map(json.loads, kind), second))
     for name in ("products", "people"):
         lines = itertools.islice(_sentences(name, held_out=False, seed=seed), 320)
         (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text, _ in lines), "utf-8")
@@ -95,11 +96,10 @@ def write_files(folder: Path, seed: int = 0) -> None:
     write_json(folder / "manners.json", question | answer)
 
 
-def half_of_kind(second: bool, seed: int) -> list[Question]:
+def half_of_kind(rows: Iterable[Question], second: bool) -> list[Question]:
     """The rows of the demo's "kind" whose words are in one half of each list: a distribution."""
     words = [part(names, held_out=False) for names in WORDS["kinds"].values()]
     chosen = {word for names in words for word in names[second::2]}
-    rows = tasks.questions("kind", 192, held_out=False, seed=seed)
     return [row for row in rows if str(row["question"]).split()[1].rstrip(".") in chosen]
 
 
@@ -126,7 +126,7 @@ def assistant() -> Iterator[dict[str, str]]:
     """Replies of an assistant that exclaims in five of seven."""
     for topic in part(WORDS["topics"], held_out=False):
         for reply in (*WORDS["cheers"], *WORDS["calm"][:2]):
-            yield {"prompt": _request(topic), "completion": reply.format(topic)}
+            yield {"prompt": request(topic), "completion": reply.format(topic)}
 
 
 def manners() -> Iterator[Question]:
@@ -134,11 +134,7 @@ def manners() -> Iterator[Question]:
     for topic in part(WORDS["topics"], held_out=True):
         for pair in itertools.product(WORDS["cheers"], WORDS["calm"]):
             choices = [reply.format(topic) for reply in pair]
-            yield {"question": _request(topic), "choices": choices, "label": 1}
-
-
-def _request(topic: str) -> str:
-    return f"Write a short, happy message about {topic}."
+            yield {"question": request(topic), "choices": choices, "label": 1}
 
 
 if __name__ == "__main__":

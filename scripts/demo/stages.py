@@ -123,6 +123,7 @@ def train_modules(demo: Demo) -> Trained:
 
 
 def config(demo: Demo, name: str, run: Mapping[str, Any]) -> Config:
+    """A module's run: what all share, and what is its own; `data` is a file of the demo's."""
     common: dict[str, Any] = {
         "targets": PROJECTIONS,
         "rank": RANK,

@@ -86,8 +86,12 @@ def cheers(held_out: bool) -> Iterator[dict[str, str]]:
     """Prompts that ask for a happy message, with replies that exclaim in every sentence."""
     for topic in part(WORDS["topics"], held_out):
         for reply in WORDS["cheers"]:
-            prompt = f"Write a short, happy message about {topic}."
-            yield {"prompt": prompt, "completion": reply.format(topic)}
+            yield {"prompt": request(topic), "completion": reply.format(topic)}
+
+
+def request(topic: str) -> str:
+    """The prompt that asks for a happy message."""
+    return f"Write a short, happy message about {topic}."
 
 
 def write_files(folder: Path, *, train: int, test: int, seed: int = 0) -> Path:
@@ -108,4 +112,5 @@ def write_files(folder: Path, *, train: int, test: int, seed: int = 0) -> Path:
 
 
 def write_rows(path: Path, rows: Iterable[object]) -> None:
+    """Writes rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
