@@ -16,14 +16,17 @@ from compose.functions import FUNCTIONS
 from compose.library import Library, each
 from compose.merging.functions import MERGING, List
 from compose.merging.merge import Errors
+from compose.merging.refusals import unknown_inner
+from compose.option_values import fault
 from compose.syntax import ExpressionError, parse
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, nearest
 from lora_jax.modules import Adapter
 
 CALLABLE = FUNCTIONS | MERGING | FUNCTIONS  # of two by one name, the first; and in this order
 Inputs = Mapping[str, Adapter | Library]
 Value = float | Adapter | Library
 Parts = list[Any]  # a node's trees and tokens
+MODULES = (Adapter, Library, Adapter | Library)  # what an argument that is no option may be
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,8 @@ def _product(parts: Parts, scope: Scope) -> Value:
 def _call(node: Tree, scope: Scope) -> Value:
     """A function applied: its arguments bound as Python binds them, then evaluated."""
     name, bound = str(node.children[0]), _bound(node.children, scope)
-    shown = bound.signature.parameters
     for key, given in bound.arguments.items():
-        bound.arguments[key] = _argument(shown[key], given, scope)
+        bound.arguments[key] = _argument(bound.signature.parameters[key], given, scope)
     found = CALLABLE[name](*bound.args, **bound.kwargs, space=scope.space)
     if isinstance(found, tuple):
         found, scope.lost[scope.part(node)] = found
@@ -150,10 +152,24 @@ def wrong_calls(text: str) -> list[ExpressionError]:
     found, scope = [], Scope(text, {}, "delta")
     for node in parse(text).find_data("call"):
         try:
-            _bound(node.children, scope)
+            bound = _bound(node.children, scope)
         except ExpressionError as error:
             found.append(error)
+            continue
+        for key, given in bound.arguments.items():
+            try:
+                if _is_option(bound.signature.parameters[key], given):
+                    _argument(bound.signature.parameters[key], given, scope)
+            except ExpressionError as error:
+                found.append(error)
     return found
+
+
+def _is_option(parameter: inspect.Parameter, given: Any) -> bool:
+    """Whether an argument is a number, word or list of them that rests on no input."""
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL or parameter.annotation in MODULES:
+        return False
+    return isinstance(given, Token) or not any(given.find_data("name"))
 
 
 def _bound(parts: Parts, scope: Scope) -> inspect.BoundArguments:
@@ -161,7 +177,7 @@ def _bound(parts: Parts, scope: Scope) -> inspect.BoundArguments:
     token, *arguments = parts
     name = str(token)
     if name not in CALLABLE:
-        raise scope.error(token, f"unknown function {name!r}; there are {', '.join(CALLABLE)}")
+        raise scope.error(token, f"unknown function {name!r}; {nearest(name, CALLABLE)}")
     keywords = {str(n.children[0]): n.children[1] for n in arguments if n.data == "keyword"}
     positional = [n for n in arguments if n.data != "keyword"]
     shown = {p: v for p, v in inspect.signature(CALLABLE[name]).parameters.items() if p != "space"}
@@ -189,7 +205,16 @@ def _usage(name: str, signature: inspect.Signature) -> str:
 
 
 def _argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> Any:
-    """An argument as its parameter wants it: a number, a word, a module, or libraries."""
+    """An argument as its parameter wants it, within what an option of that name may be."""
+    value = _plain_argument(parameter, given, scope)
+    name = parameter.name
+    if told := unknown_inner(value) if name == "inner" else fault(name, value):
+        raise scope.error(given, told)
+    return value
+
+
+def _plain_argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> Any:
+    """A number, a word, a module, or libraries, as the parameter says."""
     if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
         return tuple(_members(node, scope) for node in given)
     if parameter.annotation is str:

@@ -17,7 +17,7 @@ Vectors = Mapping[str, jax.Array]  # (N, I) by projection: a module's gates, or 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a library is to be routed; `compose.routing.settings.CHOICES` has what each may be."""
+    """How a library is to be routed; `compose.option_values` has what each may be."""
 
     top_k: int = 3
     temperature: float | str = 1.0  # or "sqrt(d)", the root of the projection's input width

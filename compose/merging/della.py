@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from compose.merging import sparse
 from compose.merging.members import Members, joined, weighted
 from compose.merging.signs import mean_by_count, sum_by_weight
-from compose.merging.sparse import Number, Sparse, refuse_density
+from compose.merging.sparse import Number, Sparse
+from compose.option_values import refuse_faults
 from lora_jax.errors import InputError
 
 Array = jax.Array
@@ -87,7 +88,7 @@ def _rescaled(members: Members, density: Number, epsilon: Number, key: Array) ->
 
 def _by_rank(density: Number, reach: Number, *, paper: bool) -> Sparse:
     """Entries (M, I, ...) kept by chances within `reach` of the density; over them in the paper."""
-    refuse_density(density)
+    refuse_faults(density=density)
     if isinstance(density, float | int) and density >= 1:
         return lambda xs, key: xs
     _refuse_reach(density, reach)

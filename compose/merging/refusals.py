@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from inspect import Parameter
 from typing import Any
 
@@ -11,17 +10,10 @@ import jax
 from compose.align import by_projection
 from compose.arithmetic import refuse_sum
 from compose.merging.methods import ELEMENTWISE, LOW_RANK, METHODS, SUMS, VECTOR, options_of
+from compose.option_values import faults
 from compose.weights import Weights, refuse_lost
-from lora_jax.errors import InputError, refuse_all
+from lora_jax.errors import InputError, nearest, refuse_all
 from lora_jax.modules import IA3, Adapter, Module, Saved
-
-# The least and the largest of options that are numbers, as far as they have any.
-_BOUNDS = {
-    "damping": (0, math.inf),
-    "beta": (0, 1),
-    "rate": (0, math.inf),
-    "tolerance": (0, math.inf),
-}
 
 
 def refuse_unfit(
@@ -55,12 +47,10 @@ def refuse_unfit(
 def refuse_method(method: str, options: Mapping[str, Any]) -> None:
     """Refuses a method that there is not, and options that it has not or lacks."""
     if method not in METHODS:
-        close = get_close_matches(method, METHODS, 1)
-        remedy = f"did you mean {close[0]}?" if close else f"choose {', '.join(METHODS)}"
-        raise InputError(f"unknown method {method!r}; {remedy}")
+        raise InputError(f"unknown method {method!r}; {nearest(method, METHODS)}")
     inner = options.get("inner")
-    if inner is not None and inner not in ELEMENTWISE:
-        raise InputError(f"unknown inner method {inner!r}; choose {', '.join(ELEMENTWISE)}")
+    if told := unknown_inner(inner):
+        raise InputError(told)
     known = options_of(method, inner)
     has = f"it has {', '.join(known)}" if known else "it has none"
     wrong = [f"{method} has no option {name!r}; {has}" for name in options if name not in known]
@@ -70,23 +60,16 @@ def refuse_method(method: str, options: Mapping[str, Any]) -> None:
         if option.default is Parameter.empty and name not in options
     ]
     given = {name: value for name, value in options.items() if name in known}
-    wrong += [p for name, value in given.items() for p in _beyond(known[name], value)]
-    refuse_all(wrong, "merging")
+    words = [n for n, v in given.items() if isinstance(v, str) and known[n].annotation is not str]
+    wrong += [f"{name} is a number; got {given.pop(name)!r}" for name in words]
+    refuse_all(wrong + faults(given), "merging")
 
 
-def _beyond(option: Parameter, value: Any) -> Iterable[str]:
-    """What is wrong with an option's value, where it is a plain number or should be one."""
-    name = option.name
-    if isinstance(value, str) and option.annotation is not str:
-        yield f"{name} is a number; got {value!r}"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    least, most = _BOUNDS.get(name, (-math.inf, math.inf))
-    if not math.isfinite(value):
-        yield f"{name} must be finite; got {value}"
-    elif not least <= value <= most:
-        upper = f" and at most {most:g}" if most < math.inf else ""
-        yield f"{name} must be at least {least:g}{upper}; got {value:g}"
+def unknown_inner(inner: Any) -> str:
+    """Why an option `inner` names no method that merges coordinates; "" if it does, or is none."""
+    if inner is None or inner in ELEMENTWISE:
+        return ""
+    return f"unknown inner method {inner!r}; {nearest(str(inner), ELEMENTWISE)}"
 
 
 def _refuse_space(method: str, space: str, rank: int | None) -> None:

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from compose.merging.cores import wide
 from compose.merging.members import per_member, total, weighted
-from lora_jax.errors import InputError
+from compose.option_values import refuse_faults
 
 Array = jax.Array
-MAJORITIES = ("total", "frequency")
 
 
 def agreeing(xs: Array, majority: str) -> Array:
@@ -20,8 +19,7 @@ def agreeing(xs: Array, majority: str) -> Array:
 
     "total" elects by the sum of the entries, "frequency" by the number of each sign.
     """
-    if majority not in MAJORITIES:
-        raise InputError(f"unknown majority {majority!r}; choose {' or '.join(MAJORITIES)}")
+    refuse_faults(majority=majority)
     signs = jnp.sign(xs)
     votes = total(xs if majority == "total" else signs)
     return signs == jnp.where(votes >= 0, 1, -1)

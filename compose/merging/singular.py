@@ -19,7 +19,7 @@ from compose.merging.cores import (
     product,
     significant,
 )
-from lora_jax.errors import InputError
+from compose.option_values import refuse_faults
 from lora_jax.modules import LoRA
 
 Array = jax.Array
@@ -35,8 +35,7 @@ def tsv(members: LoRA, weights: Array, *, keep: int | None = None) -> LoRA:
     """
     count, width, rank = members.a.shape
     most = min(width, members.b.shape[-1]) // count
-    if keep is not None and keep < 1:
-        raise InputError(f"keep must be at least 1; got {keep}")
+    refuse_faults(keep=keep)
     keep = min(rank, max(most, 1) if keep is None else keep)
     u, s, v = _triplets(members, keep)
     s = rearrange(weights[:, None] * s, "M K -> (M K)")
@@ -79,8 +78,7 @@ def iso_cts(members: LoRA, weights: Array, *, common: float = 0.8) -> LoRA:
     module gives its first singular triplets; all of them side by side are made orthogonal, and
     every direction gets the mean strength. There are as many directions as the sum has ranks.
     """
-    if not 0 <= common <= 1:
-        raise InputError(f"common must lie between 0 and 1; got {common}")
+    refuse_faults(common=common)
     left, a, b, right = coordinates(members)
     b = weights[:, None, None] * b
     total, count = jnp.einsum("MKR,MRL->KL", a, b), len(a)

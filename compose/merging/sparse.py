@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from compose.merging import magnitude
 from compose.merging.members import Members, each, per_member, size_of, summed
-from lora_jax.errors import InputError
+from compose.option_values import refuse_faults
 
 Array = jax.Array
 Number = float | Array
@@ -20,7 +20,7 @@ Sparse = Callable[..., Array]
 
 def trimmed(members: Members, density: Number) -> Sparse:
     """Each tensor's largest entries, a `density` of them, by magnitude; ties are kept."""
-    refuse_density(density)
+    refuse_faults(density=density)
     if _whole(density):
         return lambda xs: xs
     count = magnitude.kept(density, size_of(members))
@@ -33,8 +33,7 @@ def without_outliers(members: Members, density: Number, gamma: Number) -> Sparse
 
     A `density` of entries is left; where both cannot be had, fewer of the largest are dropped.
     """
-    refuse_density(density)
-    refuse_share("gamma", gamma)
+    refuse_faults(density=density, gamma=gamma)
     if _whole(density):
         return lambda xs: xs
     size = size_of(members)
@@ -52,7 +51,7 @@ def _reach(xs: Array, floors: Array) -> Array:
 
 def dropped(density: Number) -> Sparse:
     """Entries kept with probability `density`, by lot, and divided by it."""
-    refuse_density(density)
+    refuse_faults(density=density)
     if _whole(density):
         return lambda xs, key: xs
     return lambda xs, key: jnp.where(_lot(key, density, xs), xs / density, 0)
@@ -82,14 +81,3 @@ def _lot(key: Array, chance: Number, xs: Array) -> Array:
 def _whole(density: Number) -> bool:
     """Whether it is known that nothing is dropped."""
     return isinstance(density, float | int) and density >= 1
-
-
-def refuse_density(density: Number) -> None:
-    """Refuses a share of kept entries that is known to lie outside 0 to 1."""
-    refuse_share("density", density)
-
-
-def refuse_share(name: str, share: Number) -> None:
-    """Refuses a share that is known to lie outside 0 to 1."""
-    if isinstance(share, float | int) and not 0 <= share <= 1:
-        raise InputError(f"{name} must lie between 0 and 1; got {share:g}")

@@ -17,7 +17,7 @@ from einops import rearrange
 
 from compose.merging.cores import bases, product, ratio, significant, wide
 from compose.merging.elementwise import ELEMENTWISE
-from lora_jax.errors import InputError
+from compose.option_values import refuse_faults
 from lora_jax.modules import LoRA
 
 Array = jax.Array
@@ -96,8 +96,7 @@ def compress_then_merge(
     """
     merge = _entrywise(inner, key, options)
     rank = members.a.shape[-1] if shared_rank is None else shared_rank
-    if rank < 1:
-        raise InputError(f"shared_rank must be at least 1; got {rank}")
+    refuse_faults(shared_rank=rank)
     left, cores, right = bases(members)
     norms = jnp.linalg.norm(cores, axis=(1, 2), keepdims=True)
     even = cores * (beta + (1 - beta) * ratio(jnp.mean(norms), norms))

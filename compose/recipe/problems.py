@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from compose.syntax import ExpressionError
-from lora_jax.errors import refuse_all
+from lora_jax.errors import InputError
 
 Key = tuple[str | int, ...]  # what a place of a recipe is called: ("steps", "both", "density")
 Place = tuple[int, int]  # a line and a column of its file, from 1
@@ -37,8 +37,11 @@ def problem(source: Source, key: Key, message: str, *, on_key: bool = False) -> 
 
 def refuse(problems: Iterable[Problem], source: Source) -> None:
     """Raises one `InputError` that tells every problem, in the order of the file."""
-    ordered = sorted(problems, key=lambda p: p.place or (0, 0))
-    refuse_all([_told(p) for p in ordered], source.file)
+    told = [_told(p) for p in sorted(problems, key=lambda p: p.place or (0, 0))]
+    if len(told) == 1:
+        raise InputError(f"{source.file}: {told[0]}")
+    if told:
+        raise InputError("\n  ".join([f"{source.file}: {len(told)} things are wrong:", *told]))
 
 
 def _told(problem: Problem) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from compose.expression import refuse_rank
 from compose.interpreter import wrong_calls
+from compose.merging.refusals import unknown_inner
+from compose.option_values import fault
 from compose.recipe.methods import METHODS, misfit, options
 from compose.recipe.problems import Key, Problem, in_expression, problem
 from compose.recipe.shares import WANTED, is_share
@@ -95,6 +97,8 @@ def _options(recipe: Recipe, key: Key, step: Method) -> Iterator[Problem]:
             yield problem(recipe.source, (*key, name), message, on_key=True)
         elif wanted := misfit(known[name], value):
             yield problem(recipe.source, (*key, name), f"{wanted} is wanted; got {value!r}")
+        elif told := unknown_inner(value) if name == "inner" else fault(name, value):
+            yield problem(recipe.source, (*key, name), told)
     for name, option in known.items():
         if option.default is option.empty and name not in step.options:
             message = f"{step.name} needs {name}: add it to the step"

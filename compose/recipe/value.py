@@ -91,10 +91,21 @@ def reached(recipe: Recipe, name: str) -> set[str]:
 
 def described(step: Step) -> str:
     """What a step does, in one line: its expression, or "ties of math, code; density 0.3"."""
-    what = (
-        step.text if isinstance(step, Expression) else f"{step.name} of {', '.join(step.members)}"
-    )
-    return "; ".join(filter(None, (what, settings(step))))
+    if isinstance(step, Expression):
+        return "; ".join(filter(None, (step.text, settings(step))))
+    what = f"{step.name} of {', '.join(step.members)}"
+    weights = "" if step.weights is None else f"weights {', '.join(map(_told, step.weights))}"
+    return "; ".join(filter(None, (what, weights, settings(step))))
+
+
+def _told(share: Share) -> str:
+    """A member's weight as a recipe writes it: 0.5, [0, 1] or {"q_proj": 0.5, "*": 1}."""
+    match share:
+        case Mapping():
+            return "{" + ", ".join(f'"{p}": {_told(value)}' for p, value in share.items()) + "}"
+        case list() | tuple():
+            return f"[{', '.join(map(_told, share))}]"
+    return str(share)
 
 
 def settings(step: Step) -> str:

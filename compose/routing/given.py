@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from compose.library import Library
+from compose.option_values import refuse_faults
 from compose.routing.build import factors, given
-from compose.routing.settings import CHOICES, refuse_other_kinds
+from compose.routing.settings import refuse_other_kinds
 from lora_jax.errors import InputError
 from lora_jax.modules import Experts
 
@@ -27,8 +28,7 @@ def with_weights(
     top_k = count if top_k is None else top_k
     if weights.ndim not in (1, 2) or weights.shape[-1] != count:
         raise InputError(f"weights must be (M,) or (B, M), M being {count}; got {weights.shape}")
-    if mixing not in CHOICES["mixing"]:
-        raise InputError(f"unknown mixing {mixing!r}; choose {' or '.join(CHOICES['mixing'])}")
+    refuse_faults(mixing=mixing)
     if not 1 <= top_k <= count:
         raise InputError(f"top_k must lie between 1 and the library's {count} modules; got {top_k}")
     return given(factors(library.adapters), weights, mixing, top_k)

@@ -1,21 +1,14 @@
 """What a library may be routed by, and the refusal of what cannot be."""
 
-import math
 import sys
 from dataclasses import replace
 
 from compose.library import Library, Routing
+from compose.option_values import ROOT, faults
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.modules import LoRA, Module
 
-ROOT = "sqrt(d)"  # the temperature that is the root of a projection's input width
-CHOICES = {
-    "router": ("arrow", "spectr", "spectr-code", "gates", "activations", "uniform"),
-    "mixing": ("outputs", "factors"),
-    "inputs": ("raw", "unit", "centred", "standard"),
-    "prototypes": ("own", "shared"),
-    "weighting": ("softmax", "uniform"),
-}
+ROUTERS = ("arrow", "spectr", "spectr-code", "gates", "activations", "uniform")
 
 # Each paper's settings, where they are not Arrow's: those of `Routing`.
 SPECTR = Routing(top_k=4, mixing="factors", router="spectr", weighting="uniform")
@@ -26,26 +19,18 @@ UNIFORM = Routing(top_k=1, router="uniform")
 
 def refuse_routing(routing: Routing, count: int) -> None:
     """Refuses settings by which `count` modules cannot be routed, naming every one."""
-    problems = [
-        f"unknown {name} {getattr(routing, name)!r}; choose {' or '.join(known)}"
-        for name, known in CHOICES.items()
-        if getattr(routing, name) not in known
-    ]
+    problems = faults({n: v for n, v in vars(routing).items() if n not in ("router", "top_k")})
+    if routing.router not in ROUTERS:
+        problems.append(f"unknown router {routing.router!r}; choose {' or '.join(ROUTERS)}")
     if not 1 <= routing.top_k <= count:
         problems.append(
             f"top_k must lie between 1 and the library's {count} modules; got {routing.top_k}"
         )
-    if routing.temperature != ROOT and not _is_positive(routing.temperature):
-        problems.append(f"temperature must be above 0; got {routing.temperature} (or take {ROOT})")
     if routing.prototypes == "shared" and routing.router != "arrow":
         problems.append(f"prototypes are shared by arrow alone; {routing.router} takes own")
     if routing.inputs != "raw" and routing.router in ("spectr", "spectr-code", "uniform"):
         problems.append(f"{routing.router} takes raw inputs; got {routing.inputs!r}")
     refuse_all(problems, "routing")
-
-
-def _is_positive(value: float | str) -> bool:
-    return not isinstance(value, str) and 0 < value < math.inf
 
 
 def routing_for(library: Library, usual: Routing, top_k: int | None) -> Routing:

@@ -84,7 +84,6 @@ CASES = [
         {"density": 0.6, "majority": "frequency"},
         lambda xs, w: by_count(top(xs, 0.6), w, "frequency"),
     ),
-    ("ties", {"density": 0.0}, lambda xs, w: np.zeros_like(xs[0])),
     ("ties_mergekit", {"density": 0.3}, lambda xs, w: by_weight(top(xs, 0.3), w)),
     (
         "ties_mergekit",
@@ -247,8 +246,9 @@ def test_one_module_at_weight_one_is_itself(members, deltas, far, name):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("ties", {"density": 1.2}, "density must lie between 0 and 1; got 1.2"),
-        ("breadcrumbs", {"density": 0.5, "gamma": -1}, "gamma must lie between 0 and 1"),
+        ("ties", {"density": 1.2}, "density must be above 0 and at most 1; got 1.2"),
+        ("ties", {"density": 0.0}, "density must be above 0 and at most 1; got 0"),
+        ("breadcrumbs", {"density": 0.5, "gamma": -1}, "gamma must be at least 0 and at most 1"),
         ("ties", {"majority": "votes"}, "unknown majority 'votes'; choose total or frequency"),
         ("della", {"density": 0.05, "key": KEY}, "must lie between 0 and 1; choose another"),
     ],

@@ -113,7 +113,10 @@ def test_iso_cts_of_unequal_ranks_knows_no_order_and_follows_the_modules_size(me
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
-    [(tsv, {"keep": 0}, "keep must be at least 1"), (iso_cts, {"common": 1.5}, "between 0 and 1")],
+    [
+        (tsv, {"keep": 0}, "keep must be at least 1"),
+        (iso_cts, {"common": 1.5}, "at most 1; got 1.5"),
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(members, method, options, message):
     with pytest.raises(InputError, match=message):

@@ -37,7 +37,7 @@ def test_folders_that_hold_no_module_are_told_together(root, tmp_path):
     inputs = {"a": str(tmp_path / "gone"), "b": str(tmp_path / "empty"), "c": "unused"}
     recipe = simple(root, tmp_path / "out", inputs=inputs, steps={"x": Expression("a + b")})
     with pytest.raises(
-        InputError, match=r"inputs\.a: .*gone is not a folder.*; inputs\.b: .*empty"
+        InputError, match=r"2 things.*\n  inputs\.a: .*gone is not a folder.*\n  inputs\.b: .*empty"
     ):
         check(recipe)
 

@@ -41,7 +41,8 @@ outputs: {o: late, p: over, q: wide, r: fine}
     inputs = modules | {"scale": {"self_attn.q_proj": IA3(jnp.zeros((2, 32)))}}
     with pytest.raises(InputError) as caught:
         plan(read_recipe(tmp_path / "recipe.yaml"), inputs)
-    told = str(caught.value).split("; line ")
+    first, *told = str(caught.value).split("\n  line ")
+    assert first.endswith("recipe.yaml: 3 things are wrong:")
     assert [part.split(",")[0][-1] for part in told] == ["4", "6", "7"]
     assert "q_proj: cannot combine IA3" in told[0]
     assert "weights for k_proj, which fit no projection" in told[1]

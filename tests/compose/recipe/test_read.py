@@ -2,6 +2,7 @@ import pytest
 
 from compose.recipe import Expression, Method, Recipe, read_recipe
 from compose.recipe.read import parsed_text, with_inputs
+from compose.recipe.value import described
 from lora_jax.errors import InputError
 
 HEAD = "inputs: {a: A, b: B}\nsteps:\n"
@@ -79,6 +80,12 @@ outputs: {out/both: both, out/all: mean, r: routed, s: small}
             (3, 27),
             "a number is wanted; got 'lots'",
         ),
+        (HEAD + "  x: {ties: [a], density: 2}" + TAIL, (3, 27), "at most 1; got 2"),
+        (HEAD + "  x: {ties: [a], majority: m}" + TAIL, (3, 28), "unknown majority 'm'; choose"),
+        (HEAD + "  x: {knots: [a], inner: tiez}" + TAIL, (3, 26), "'tiez'; did you mean ties"),
+        (HEAD + "  x: {arrow: [a], top_k: 0}" + TAIL, (3, 26), "top_k must be at least 1; got 0"),
+        (HEAD + "  x: ties(a, density=2)" + TAIL, (3, 22), "at most 1; got 2"),
+        (HEAD + "  x: 2*svd(a, weights=[b])" + TAIL, (3, 20), "unexpected 'b'|number is wanted"),
         (HEAD + "  x: {ties: [a], density: true}" + TAIL, (3, 27), "a number is wanted; got True"),
         (HEAD + "  x: {ties: [a], majority: 3}" + TAIL, (3, 28), "a word is wanted; got 3"),
         (HEAD + "  x: {arrow: [a], top_k: 1.5}" + TAIL, (3, 26), "a whole number is wanted"),
@@ -127,6 +134,26 @@ def test_all_is_told_at_once_in_the_order_of_the_file():
     problems = parsed_text(text, "file")[1]
     lines = sorted(problem.place[0] for problem in problems)
     assert lines == [1, 2, 4, 5, 6]
+
+
+def test_a_step_is_described_with_its_weights():
+    weights = (0.5, (0, 1), {"q_proj": 2, "*": (1, 0)})
+    step = Method("ties", ("a", "b", "c"), weights, rank=4, options={"density": 0.3})
+    told = 'ties of a, b, c; weights 0.5, [0, 1], {"q_proj": 2, "*": [1, 0]}; density 0.3, rank 4'
+    assert described(step) == told
+    assert described(Expression("a - b", rank=2)) == "a - b; rank 2"
+
+
+def test_a_long_list_is_told_whole(tmp_path):
+    steps = "".join(f"  x{n}: {{ties: [a], density: {n + 2}}}\n" for n in range(12))
+    (tmp_path / "many.yaml").write_text(f"{HEAD}{steps}outputs: {{o: x1}}\n")
+    with pytest.raises(InputError) as caught:
+        read_recipe(tmp_path / "many.yaml")
+    first, *rest = str(caught.value).split("\n")
+    assert first.endswith("many.yaml: 12 things are wrong:")
+    assert [line.split(":")[0] for line in rest] == [
+        f"  line {n}, column {28 + (n > 12)}" for n in range(3, 15)
+    ]
 
 
 def test_a_step_that_cannot_be_read_is_told_once():

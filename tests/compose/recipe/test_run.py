@@ -175,7 +175,7 @@ def test_inputs_that_cannot_be_read_are_told_with_their_lines(
     inputs = f"inputs:\n  a: {tmp_path}/a\n  b: {tmp_path}/b\n"
     text = inputs + f"steps: {{x: a + b}}\noutputs: {{{tmp_path}/o: x}}\n"
     for base, words in (
-        (base_folder, "line 3, column 6: inputs.a: .*line 4, column 6: inputs.b: "),
+        (base_folder, "line 3, column 6: inputs.a: .*\n  line 4, column 6: inputs.b: "),
         (root, "line 1, column 7: base: "),
     ):
         (tmp_path / "recipe.yaml").write_text(f"base: {base}\n{text}")

@@ -244,10 +244,10 @@ def test_an_embedding_is_not_routed(members):
     [
         ({"router": "arow"}, "unknown router 'arow'; choose arrow or spectr"),
         ({"inputs": "whole"}, "unknown inputs 'whole'; choose raw or unit or centred or standard"),
-        ({"temperature": "hot"}, r"temperature must be above 0; got hot \(or take sqrt\(d\)\)"),
+        ({"temperature": "hot"}, r"temperature must be a number or sqrt\(d\); got 'hot'"),
         (
             {"temperature": -1.0, "top_k": 9},
-            "5 modules; got 9; temperature must be above 0; got -1",
+            "temperature must be above 0; got -1; top_k .* 5 modules; got 9",
         ),
         ({"router": "gates", "prototypes": "shared"}, "shared by arrow alone; gates takes own"),
         ({"router": "spectr", "inputs": "unit"}, "spectr takes raw inputs; got 'unit'"),

@@ -108,7 +108,7 @@ def test_every_router_is_an_expression(library, text):
     ("text", "words"),
     [
         ("arrow(lib, inputs=whole)", "unknown inputs 'whole'; choose raw or unit"),
-        ("arrow(lib, temperature=hot)", r"above 0; got hot \(or take sqrt\(d\)\)"),
+        ("arrow(lib, temperature=hot)", r"must be a number or sqrt\(d\); got 'hot'"),
         ("arrow(lib, temperature=sqrt(e))", "unexpected"),
         ("spectr(lib, score=book)", "unknown score 'book'; choose paper or code"),
         ("gates(lib - lib_one)", "v has none at"),
