@@ -14,7 +14,7 @@ from compose import arithmetic
 from compose.arithmetic import Space
 from compose.functions import FUNCTIONS
 from compose.library import Library, each
-from compose.merging.functions import MERGING, List
+from compose.merging.functions import MERGING, List, Modules
 from compose.merging.merge import Errors
 from compose.merging.refusals import unknown_inner
 from compose.option_values import fault
@@ -88,7 +88,7 @@ def module_of(node: Tree, scope: Scope) -> Adapter | Library:
 def _number(node: Tree | Token, scope: Scope) -> float:
     """The number that a node stands for; anything else is refused."""
     value = None
-    if isinstance(node, Tree) and node.data != "numbers":
+    if isinstance(node, Tree) and node.data != "list":
         value = value_of(node, scope)
     if not isinstance(value, float):
         raise scope.error(node, "a number is wanted here")
@@ -222,7 +222,9 @@ def _plain_argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> A
             raise scope.error(given, f"{parameter.name} is a word, such as {parameter.default}")
         return str(given)
     if parameter.annotation == List:
-        return _numbers(given, scope)
+        return tuple(_number(node, scope) for node in _listed(given, scope, "[0.3, 0.7]"))
+    if parameter.annotation == Modules:
+        return tuple(module_of(node, scope) for node in _listed(given, scope, "[a, b]"))
     if parameter.annotation is bool:
         return _truth(given, scope)
     if parameter.annotation == float | str:
@@ -234,16 +236,16 @@ def _plain_argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> A
         if value != int(value):
             raise scope.error(given, f"{parameter.name} must be a whole number; got {value:g}")
         return int(value)
-    if isinstance(given, Token) or given.data == "numbers":
+    if isinstance(given, Token) or given.data == "list":
         raise scope.error(given, f"{parameter.name} is a module: give it by position")
     return module_of(given, scope)
 
 
-def _numbers(given: Tree | Token, scope: Scope) -> tuple[float, ...]:
-    """Numbers in square brackets."""
-    if not isinstance(given, Tree) or given.data != "numbers":
-        raise scope.error(given, "numbers in square brackets are wanted here, such as [0.3, 0.7]")
-    return tuple(_number(node, scope) for node in given.children if isinstance(node, Tree))
+def _listed(given: Tree | Token, scope: Scope, example: str) -> list[Tree]:
+    """The nodes of a list in square brackets."""
+    if not isinstance(given, Tree) or given.data != "list":
+        raise scope.error(given, f"a list in square brackets is wanted here, such as {example}")
+    return [node for node in given.children if isinstance(node, Tree)]
 
 
 def _truth(given: Tree | Token, scope: Scope) -> bool:

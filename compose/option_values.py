@@ -46,9 +46,9 @@ _RELATIONS = {
 
 
 def fault(name: str, value: Any) -> str:
-    """What is wrong with an option's value as far as that is known, or "": arrays are not looked at.
+    """What is wrong with an option's value, or "": of arrays nothing is known.
 
-    Options that are in no table may be any finite number, or any word.
+    Numbers are finite; what is in no table may be any number, or any word.
     """
     if isinstance(value, str):
         return _word_fault(name, value)

@@ -54,7 +54,9 @@ def ancestors(inputs: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, An
             found |= {k: v for k, v in _table(known).items() if _is_made(v) or _is_trained(v)}
             found[told["sha256"]] = {k: composed[k] for k in _MADE if k in composed}
         elif _is_trained({"training": trained}):
-            found[told["sha256"]] = {"training": {"data": _table(trained)["data"]}}
+            run = {"data": _table(trained)["data"]}
+            measured = {"fisher": True} if _table(trained).get("fisher") is True else {}
+            found[told["sha256"]] = {"training": run | measured}
     return found
 
 

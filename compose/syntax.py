@@ -21,8 +21,8 @@ GRAMMAR = rf"""
         | NAME "(" [argument ("," argument)*] ")" -> call
         | "(" sum ")"
     ?argument: sum
-        | NAME "=" (signed | numbers | NAME | ROOT) -> keyword
-    numbers: "[" signed ("," signed)* "]"
+        | NAME "=" (signed | list | NAME | ROOT) -> keyword
+    list: "[" sum ("," sum)* "]"
     ?signed: MINUS signed -> negative
         | NUMBER -> number
 

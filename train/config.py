@@ -1,7 +1,7 @@
 """What a training run is asked to do: this dataclass is the command line of `lora-train`."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,7 @@ class Config:
     ia3_layout: Literal["peft", "pem"] = "peft"  # which activations IA3 rescales
     init_seed: int = 0  # modules to be composed should share their initialisation
     start_from: str | None = None  # an adapter to go on training instead of a new one
+    fisher: bool = False  # writes that adapter's Fisher information on the rows; trains nothing
 
     mix: Mixing = Mixing()
 
@@ -115,8 +116,24 @@ def checked(config: Config) -> Config:
         problems.append("--resume and --overwrite exclude each other")
     if config.completion and not config.prompt:
         problems.append("--completion is the template of what follows --prompt; give both")
-    refuse_all(problems + _mixing_problems(config), "lora-train")
-    return config
+    refuse_all(problems + _mixing_problems(config) + _fisher_problems(config), "lora-train")
+    return replace(config, validation=0.0) if config.fisher else config
+
+
+def _fisher_problems(config: Config) -> list[str]:
+    """What makes no sense of a measurement of Fisher information."""
+    if not config.fisher:
+        return []
+    problems = []
+    if config.start_from is None:
+        problems.append("--fisher measures an adapter; give it by --start-from")
+    if config.pack:
+        problems.append("--fisher squares each row's gradient, and --pack puts rows together")
+    if config.mix.of or config.resume:
+        problems.append("--fisher goes with neither --mix.of nor --resume")
+    if config.validation_data:
+        problems.append("--fisher takes every row; leave --validation-data out")
+    return problems
 
 
 def _mixing_problems(config: Config) -> list[str]:

@@ -23,10 +23,12 @@ from lora_jax.modules import Adapter, Module, init_ia3, init_lora, resolve_targe
 from lora_jax.peft.settings import read_settings
 from lora_jax.progress import bar, say
 from lora_jax.wheels import published
+from train.batches import Plan
 from train.checkpoints import Saver, open_checkpoints, restore
 from train.classify import first_head
 from train.config import Config, as_json, checked, refuse_other_run
 from train.data import plan_data
+from train.fisher import estimate
 from train.interrupt import stop_asked
 from train.loop import Run, fit
 from train.mixing import Mix, first_weights, load_mix, mixed_module, mixing_subject
@@ -56,7 +58,7 @@ def train(config: Config, base: Base | None = None) -> Path:
     _refuse_mistyped(config, base)
     base = base or _loaded(config, mesh)
     plan, held_out = plan_data(config, base, mesh)
-    steps = config.mix.search or config.steps or max(round(config.epochs * plan.steps), 1)
+    steps = _steps(config, plan)
     mix = load_mix(config, base.config) if config.mix.of else None
     # Committed to its place, as restored and validated states are, or each kind would compile anew.
     place = replicated(mesh) if mesh is not None else jax.devices()[0]
@@ -81,6 +83,13 @@ def train(config: Config, base: Base | None = None) -> Path:
     seconds = {"seconds": round(time.perf_counter() - began, 2)}
     _write_result(run, state, base, mix, record | seconds)
     return config.out
+
+
+def _steps(config: Config, plan: Plan) -> int:
+    """How far the run goes: in optimiser steps, evaluations of a search, or batches measured."""
+    if config.fisher:
+        return plan.steps
+    return config.mix.search or config.steps or max(round(config.epochs * plan.steps), 1)
 
 
 def _refuse_mistyped(config: Config, base: Base | None) -> None:
@@ -176,10 +185,13 @@ def _new_module(config: Config, base: Base) -> dict[str, Module]:
 
 
 def _fit_with_progress(run: Run, subject: Subject, state: State) -> State:
-    with bar("mixing" if run.config.mix.of else "training") as progress:
+    doing = "measuring" if run.config.fisher else "mixing" if run.config.mix.of else "training"
+    with bar(doing) as progress:
         task = progress.add_task(
             run.config.out.name, total=run.steps, completed=int(state.step), note="compiling"
         )
+        if run.config.fisher:
+            return estimate(run, state, progress, task)
         if run.config.mix.search:
             return search(run, subject, state, progress, task)
         return fit(run, state, progress, task)
@@ -213,6 +225,10 @@ def _write_result(
             "examples": len(run.plan.examples),
         },
     )
+    if config.fisher:
+        return say(
+            f"Fisher information of {config.start_from}, {len(run.plan.examples)} rows: {out}"
+        )
     last = next((row["loss"] for row in reversed(metrics) if "loss" in row), math.nan)
     held_out = f"lowest validation loss {best:.4g}" if np.isfinite(best) else "no validation"
     say(f"{int(state.step)} steps, last training loss {last:.4g}, {held_out}: {out}")

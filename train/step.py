@@ -37,6 +37,7 @@ class Programs:
     start: Callable[[Any], State]
     train: Callable[[Any, State, Batch], tuple[State, dict[str, jax.Array]]]
     validate: Callable[[Any, Any, Batch], dict[str, jax.Array]]
+    square: Callable[[Any, Any, Any, Batch], tuple[Any, dict[str, jax.Array]]]
 
 
 def make_optimizer(
@@ -75,7 +76,7 @@ def make_programs(
     mesh: Mesh | None = None,
     subject: Subject = MODULE,
 ) -> Programs:
-    """The programs of a run: start a state, take a step, validate.
+    """The programs of a run: start a state, take a step, validate, and add up squared gradients.
 
     What is `frozen` is the base's weights, or whatever the subject makes a pass of. On a mesh the
     state stays whole on every device, as modules are small.
@@ -100,10 +101,29 @@ def make_programs(
         entropy = config.objective == "entropy"
         return batch_sums(model, *subject.applied(frozen, adapter), flat, entropy=entropy)
 
+    def square(
+        frozen: Any, adapter: Any, total: Any, batch: Batch
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """The total with the squares of each row's gradient, and the batch's sums."""
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+        def loss(adapter: Any, row: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            """A row's loss, summed over its labels."""
+            one = jax.tree.map(lambda x: x[None], row)
+            sums = batch_sums(model, *subject.applied(frozen, adapter), one, remat=config.remat)
+            return sums["loss"], sums
+
+        gradients, sums = jax.vmap(jax.grad(loss, has_aux=True), (None, 0))(adapter, flat)
+        total = jax.tree.map(
+            lambda t, g: t + jnp.sum(g.astype(t.dtype) ** 2, axis=0), total, gradients
+        )
+        return total, jax.tree.map(jnp.sum, sums)
+
     # Said outright, or the compiler cuts the state as it likes and the second step compiles anew.
     placed = None if mesh is None else replicated(mesh)
     step = jax.jit(train, donate_argnums=1, out_shardings=(placed, None))
-    return Programs(jax.jit(start), step, jax.jit(validate))
+    squares = jax.jit(square, donate_argnums=2, out_shardings=(placed, None))
+    return Programs(jax.jit(start), step, jax.jit(validate), squares)
 
 
 def first_state(optimizer: optax.GradientTransformation, adapter: Any) -> State:

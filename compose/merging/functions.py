@@ -1,18 +1,23 @@
 """The merging methods as functions that an expression may call: ties(a, b, density=0.3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, getdoc
 from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
 
 from compose.arithmetic import Space
 from compose.library import Library, join
 from compose.merging.elementwise import ELEMENTWISE
 from compose.merging.merge import Errors, merge
 from compose.merging.methods import METHODS, draws, function_of, options_of
-from lora_jax.modules import Adapter
+from lora_jax.errors import InputError
+from lora_jax.modules import Adapter, LoRA
 
 Merging = Callable[..., tuple[Adapter, Errors]]
 List = tuple[float, ...] | None
+Modules = tuple[Adapter | Library, ...]
 WORDS = (float, int, str, bool)  # what an expression can write
 
 
@@ -24,9 +29,10 @@ def _options(method: str) -> dict[str, Parameter]:
         found.pop("fishers")
     plain = {n: [kind for kind in WORDS if kind in _kinds(p)] for n, p in found.items()}
     return {
-        name: option.replace(annotation=_optional(plain[name][0], option.default))
+        name: option.replace(
+            annotation=_optional(plain[name][0], option.default) if plain[name] else Modules
+        )
         for name, option in found.items()
-        if plain[name]
     }
 
 
@@ -43,6 +49,8 @@ def _function(method: str) -> Merging:
 
     def joined(*modules: Library, space: Space, **options: Any) -> tuple[Adapter, Errors]:
         """The modules merged, and what bringing them down to a rank lost."""
+        if "fishers" in options:
+            options["fishers"] = information(options["fishers"], space)
         return merge(join(modules).adapters, method, space=space, **options)
 
     merged: Any = joined
@@ -65,5 +73,20 @@ def _function(method: str) -> Merging:
     return merged
 
 
-# Fisher information is no word or number: such a merge is for Python.
-MERGING: dict[str, Merging] = {m: _function(m) for m in METHODS if "fishers" not in options_of(m)}
+def information(given: Sequence[Adapter | Library], space: Space) -> list[Adapter]:
+    """Fisher information as `lora-train --fisher` writes it: of every factor, for factor space."""
+    parts = [value.adapters if isinstance(value, Library) else (value,) for value in given]
+    adapters = [adapter for part in parts for adapter in part]
+    for path, module in (item for adapter in adapters for item in adapter.items()):
+        if isinstance(module, LoRA) and space != "factor":
+            raise InputError(
+                f"{path}: Fisher information of factors weighs factors; add --space factor, or "
+                f"space: factor to a recipe's step"
+            )
+        leaves = [x for x in jax.tree.leaves(module) if not isinstance(x, jax.core.Tracer)]
+        if any(bool(jnp.any(x < 0)) for x in leaves):
+            raise InputError(f"{path}: negative entries; this is a module, not Fisher information")
+    return adapters
+
+
+MERGING: dict[str, Merging] = {method: _function(method) for method in METHODS}

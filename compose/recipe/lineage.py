@@ -14,7 +14,16 @@ from typing import Any
 from compose.recipe.drawing import svg
 from compose.recipe.layout import placed
 from compose.recipe.read import parsed_text
-from compose.recipe.value import Expression, Method, Recipe, Share, Step, needed, settings, used
+from compose.recipe.value import (
+    Expression,
+    Method,
+    Recipe,
+    Step,
+    needed,
+    settings,
+    told_share,
+    used,
+)
 from lora_jax.errors import InputError
 
 FILE = "lineage.svg"
@@ -92,8 +101,10 @@ def _input(
     if key in found.nodes:
         return key
     place = recipe.inputs.get(name) or told["path"]
-    data = [Path(source).name for source in made.get("training", {}).get("data", [])]
-    trained = (f"trained on {', '.join(data)}",) if data else ()
+    run = made.get("training", {})
+    data = [Path(source).name for source in run.get("data", [])]
+    did = "Fisher information on" if run.get("fisher") else "trained on"
+    trained = (f"{did} {', '.join(data)}",) if data else ()
     found.nodes[key] = Node("input", (name, place, *trained))
     if not again and "inputs" in made:
         found.edges[_composed(made, ancestors, (*below, digest), found), key] = ""
@@ -132,12 +143,3 @@ def _weight(step: Step, part: str) -> str:
         return ""
     pairs = zip(step.members, step.weights, strict=False)
     return " and ".join(told_share(share) for member, share in pairs if member == part)
-
-
-def told_share(share: Share) -> str:
-    """A weight in a few characters: "0.5", "0 to 1", "*.q_proj 0.5, * 1"."""
-    if isinstance(share, Mapping):
-        return ", ".join(f"{pattern} {told_share(value)}" for pattern, value in share.items())
-    if isinstance(share, list | tuple):
-        return " to ".join(f"{point:g}" for point in share)
-    return f"{share:g}"

@@ -52,15 +52,10 @@ def options(name: str, given: Mapping[str, Any]) -> dict[str, Parameter]:
     return options_of(name, inner) | ({"seed": _SEED} if draws(name, inner) else {})
 
 
-# Fisher information is no word or number: such a merge is for Python.
-_MERGES = [
-    name
-    for name in MERGING
-    if name not in FUNCTIONS
-    and all(_plain(option.annotation) for option in options(name, {}).values())
-]
-METHODS: dict[str, Form] = {name: _form(name, function) for name, function in FUNCTIONS.items()}
-METHODS |= {name: Form(1, None, True) for name in _MERGES}
+METHODS: dict[str, Form] = {name: Form(1, None, True) for name in MERGING}
+METHODS = {name: _form(name, function) for name, function in FUNCTIONS.items()} | {
+    name: form for name, form in METHODS.items() if name not in FUNCTIONS
+}
 
 
 def misfit(option: Parameter, value: Any) -> str:

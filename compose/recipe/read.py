@@ -8,7 +8,7 @@ from typing import Any
 from compose.recipe.check import faults
 from compose.recipe.methods import METHODS, options
 from compose.recipe.problems import Key, Problem, Source, problem, refuse
-from compose.recipe.value import Expression, Method, Recipe, Step
+from compose.recipe.value import FISHERS, Expression, Method, Recipe, Step
 from compose.recipe.yaml_text import parse
 from lora_jax.errors import InputError, nearest
 
@@ -108,14 +108,21 @@ def _step(value: Any, key: Key, form: _Form) -> Step:
             form.wrong((*key, name), "an expression takes space and rank only", on_key=True)
         text = form.text(value[EXPRESSION], (*key, EXPRESSION), "a text is wanted")
         return Expression(text, space, rank)
-    members = value[method]
-    members = [members] if isinstance(members, str) else members
-    if not isinstance(members, list) or not all(isinstance(m, str) for m in members):
-        form.wrong((*key, method), f"a list of names is wanted; got {_told(members)}")
-        members = []
+    members = _names(value[method], (*key, method), form)
     weights = _weights(value["weights"], (*key, "weights"), form) if "weights" in value else None
     rest = {name: _frozen(v) for name, v in value.items() if name not in (method, *COMMON)}
-    return Method(method, tuple(members), weights, space, rank, rest)
+    if FISHERS in rest:
+        rest[FISHERS] = _names(value[FISHERS], (*key, FISHERS), form)
+    return Method(method, members, weights, space, rank, rest)
+
+
+def _names(value: Any, key: Key, form: _Form) -> tuple[str, ...]:
+    """Names of inputs or steps: a list of them, or one."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        form.wrong(key, f"a list of names is wanted; got {_told(names)}")
+        return ()
+    return tuple(names)
 
 
 def _method(table: Mapping[str, Any], key: Key, form: _Form) -> str:

@@ -1,6 +1,6 @@
 """What is wrong with a recipe's step, as far as that can be said without its modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from compose.expression import refuse_rank
 from compose.interpreter import wrong_calls
@@ -9,7 +9,7 @@ from compose.option_values import fault
 from compose.recipe.methods import METHODS, misfit, options
 from compose.recipe.problems import Key, Problem, in_expression, problem
 from compose.recipe.shares import WANTED, is_share
-from compose.recipe.value import SPACES, Expression, Method, Recipe, Step, reached
+from compose.recipe.value import FISHERS, SPACES, Expression, Method, Recipe, Step, reached
 from compose.syntax import NAME, ExpressionError, parse
 from lora_jax.errors import InputError, nearest
 
@@ -62,14 +62,18 @@ def _expression(recipe: Recipe, name: str, step: Expression) -> Iterator[Problem
 def _members(recipe: Recipe, name: str, step: Method) -> Iterator[Problem]:
     """What is wrong with what a method is given, and with how many there are."""
     form, count, key = METHODS[step.name], len(step.members), ("steps", name, step.name)
-    for n, member in enumerate(step.members):
-        if message := _unknown(recipe, name, member):
-            place = (*key, n)
-            place = place if place in recipe.source.values else key
-            yield problem(recipe.source, place, message)
+    yield from _used(recipe, name, key, step.members)
     if not form.least <= count <= (form.most or count):
         many = f"{form.least}" if form.least == form.most else f"at least {form.least}"
         yield problem(recipe.source, key, f"takes {many} modules; got {count}", on_key=True)
+
+
+def _used(recipe: Recipe, step: str, key: Key, names: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong with names, a list of them or a single one at a key."""
+    for n, name in enumerate(names):
+        if message := _unknown(recipe, step, name):
+            place = (*key, n)
+            yield problem(recipe.source, place if place in recipe.source.values else key, message)
 
 
 def _weights(recipe: Recipe, key: Key, step: Method) -> Iterator[Problem]:
@@ -95,6 +99,8 @@ def _options(recipe: Recipe, key: Key, step: Method) -> Iterator[Problem]:
             more = ["weights"] * METHODS[step.name].weighted + ["space", "rank"]
             message = f"{step.name} has no option {name!r}; {nearest(name, [*known, *more])}"
             yield problem(recipe.source, (*key, name), message, on_key=True)
+        elif name == FISHERS:
+            yield from _used(recipe, key[1], (*key, name), value)
         elif wanted := misfit(known[name], value):
             yield problem(recipe.source, (*key, name), f"{wanted} is wanted; got {value!r}")
         elif told := unknown_inner(value) if name == "inner" else fault(name, value):

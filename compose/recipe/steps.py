@@ -9,11 +9,12 @@ from compose.expression import resolve_with_losses
 from compose.functions import FUNCTIONS, Value
 from compose.geometry import recompress_members
 from compose.library import Library, join
+from compose.merging.functions import information
 from compose.merging.merge import merge
 from compose.provenance import Errors
 from compose.recipe.methods import METHODS
 from compose.recipe.shares import mixing, refuse_idle
-from compose.recipe.value import Expression, Method, Step
+from compose.recipe.value import FISHERS, Expression, Method, Step
 
 
 def made(step: Step, parts: Mapping[str, Value], space: Space) -> tuple[Value, Errors]:
@@ -66,7 +67,10 @@ def _weighed(step: Method, parts: Mapping[str, Value]) -> tuple[Library, list[An
 def _merged(step: Method, parts: Mapping[str, Value], space: Space) -> tuple[Value, Errors]:
     """A method of merging applied."""
     members, weights = _weighed(step, parts)
+    options = dict(step.options)
+    if FISHERS in options:
+        options[FISHERS] = information([parts[name] for name in options[FISHERS]], space)
     result, errors = merge(
-        members.adapters, step.name, weights=weights, space=space, rank=step.rank, **step.options
+        members.adapters, step.name, weights=weights, space=space, rank=step.rank, **options
     )
     return result, {"": errors}

@@ -15,6 +15,7 @@ Depth = Weight | list[float] | tuple[float, ...]
 Share = Depth | Mapping[str, Depth]
 
 SPACES = get_args(Space)
+FISHERS = "fishers"  # the one option that names inputs and steps, as members do
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Recipe:
 
 def used(step: Step) -> list[str]:
     """The inputs and steps that a step is made of, each once."""
-    found = sorted(names(step.text)) if isinstance(step, Expression) else step.members
-    return list(dict.fromkeys(found))
+    if isinstance(step, Expression):
+        return sorted(names(step.text))
+    return list(dict.fromkeys([*step.members, *step.options.get(FISHERS, ())]))
 
 
 def needed(recipe: Recipe, outputs: Iterable[str] | None = None) -> set[str]:
@@ -90,26 +92,28 @@ def reached(recipe: Recipe, name: str) -> set[str]:
 
 
 def described(step: Step) -> str:
-    """What a step does, in one line: its expression, or "ties of math, code; density 0.3"."""
+    """What a step does, in one line: its expression, or "ties of a (1), b (0.5); density 0.3"."""
     if isinstance(step, Expression):
         return "; ".join(filter(None, (step.text, settings(step))))
-    what = f"{step.name} of {', '.join(step.members)}"
-    weights = "" if step.weights is None else f"weights {', '.join(map(_told, step.weights))}"
-    return "; ".join(filter(None, (what, weights, settings(step))))
+    shares = [""] * len(step.members)
+    if step.weights is not None:
+        shares = [f" ({told_share(share)})" for share in step.weights]
+    members = ", ".join(map("".join, zip(step.members, shares, strict=True)))
+    return "; ".join(filter(None, (f"{step.name} of {members}", settings(step))))
 
 
-def _told(share: Share) -> str:
-    """A member's weight as a recipe writes it: 0.5, [0, 1] or {"q_proj": 0.5, "*": 1}."""
-    match share:
-        case Mapping():
-            return "{" + ", ".join(f'"{p}": {_told(value)}' for p, value in share.items()) + "}"
-        case list() | tuple():
-            return f"[{', '.join(map(_told, share))}]"
-    return str(share)
+def told_share(share: Share) -> str:
+    """A weight in a few characters: "0.5", "0 to 1", "*.q_proj 0.5, * 1"."""
+    if isinstance(share, Mapping):
+        return ", ".join(f"{pattern} {told_share(value)}" for pattern, value in share.items())
+    if isinstance(share, list | tuple):
+        return " to ".join(f"{point:g}" for point in share)
+    return f"{share:g}"
 
 
 def settings(step: Step) -> str:
     """A step's options, rank and space as far as they are given: "density 0.3, rank 16"."""
     said = dict(step.options) if isinstance(step, Method) else {}
     said |= {k: v for k, v in (("rank", step.rank), ("space", step.space)) if v is not None}
-    return ", ".join(f"{key} {value}" for key, value in said.items())
+    told = {k: " and ".join(v) if k == FISHERS else v for k, v in said.items()}
+    return ", ".join(f"{key} {value}" for key, value in told.items())

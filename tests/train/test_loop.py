@@ -69,7 +69,7 @@ def run_of(config_of, tmp_path):
 
         return Run(
             config=config_of(**settings),
-            programs=Programs(start, train(losses or {}, stop, stop_at), validate),
+            programs=Programs(start, train(losses or {}, stop, stop_at), validate, None),
             frozen=None,
             plan=plan,
             held_out=plan if validations else None,

@@ -21,8 +21,8 @@ def inputs(lora):
     return {"a": lora(0), "b": lora(1), "lib": library}
 
 
-def test_every_method_is_a_function_but_the_one_that_needs_fisher_information():
-    assert set(MERGING) == set(METHODS) - {"fisher"}
+def test_every_method_is_a_function():
+    assert set(MERGING) == set(METHODS)
     for name, function in MERGING.items():
         assert function.__name__ == name and function.__doc__
         assert "space" in inspect.signature(function).parameters
@@ -53,10 +53,28 @@ def test_words_truths_seeds_and_the_space_arrive(inputs):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+def test_fisher_information_is_given_as_modules(inputs):
+    squares = {name: jax.tree.map(jax.numpy.square, inputs[name]) for name in ("a", "b")}
+    known = inputs | {f"f{name}": square for name, square in squares.items()}
+    adapters, fishers = [inputs["a"], inputs["b"]], list(squares.values())
+    wanted, _ = merge(adapters, "fisher", space="factor", weights=[1, 2], fishers=fishers)
+    text = "fisher(a, b, weights=[1, 2], fishers=[fa, fb])"
+    jax.tree.map(np.testing.assert_array_equal, resolve(text, known, space="factor"), wanted)
+    with pytest.raises(ExpressionError, match="weighs factors; add --space factor"):
+        resolve(text, known)
+    for slip, words in (
+        ("[a, b]", "negative entries"),
+        ("fa", r"such as \[a, b\]"),
+        ("[1]", "module"),
+    ):
+        with pytest.raises(ExpressionError, match=words):
+            resolve(f"fisher(a, b, fishers={slip})", known, space="factor")
+
+
 @pytest.mark.parametrize(
     ("text", "column", "words"),
     [
-        ("ties(a, b, weights=2)", 20, r"square brackets are wanted here, such as \[0.3, 0.7\]"),
+        ("ties(a, b, weights=2)", 20, r"in square brackets is wanted here, such as \[0.3"),
         ("ties(a, b, weights=[1])", 1, "2 modules need as many weights; got 1"),
         ("ties(a, density=[1, 2])", 17, "a number is wanted here"),
         ("ties(a, majority=[1])", 18, "majority is a word, such as total"),

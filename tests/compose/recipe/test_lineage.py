@@ -5,7 +5,8 @@ import pytest
 
 from compose import provenance
 from compose.recipe import lineage
-from compose.recipe.lineage import graph, told_share
+from compose.recipe.lineage import graph
+from compose.recipe.value import told_share
 
 TEXT = """
 inputs: {a: A, lib: L}
@@ -73,6 +74,9 @@ def test_it_reaches_back_to_what_was_trained():
     nodes, edges = named(graph(record, "out"))
     assert nodes.keys() == {"first", "lib", "late", "(both)", "(late + first)", "out"}
     assert nodes["first"][1][-1] == "trained on mood.jsonl"
+    record["ancestors"]["1"]["training"]["fisher"] = True
+    nodes, _ = named(graph(record, "out"))
+    assert nodes["first"][1][-1] == "Fisher information on mood.jsonl"
     assert edges["(both)", "late"] == "" and edges["first", "(both)"] == "0.6"
 
 

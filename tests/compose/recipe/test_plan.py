@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from compose.library import Library
+from compose.merging.merge import merge
 from compose.recipe import Expression, Method, Recipe, evaluate, plan, read_recipe
 from compose.recipe.methods import METHODS, options
+from compose.recipe.read import parsed_text
+from compose.recipe.value import used
+from compose.recipe.write import recipe_text
 from lora_jax.errors import InputError
 from lora_jax.modules import IA3, describe
 
@@ -47,6 +51,21 @@ outputs: {o: late, p: over, q: wide, r: fine}
     assert "q_proj: cannot combine IA3" in told[0]
     assert "weights for k_proj, which fit no projection" in told[1]
     assert "top_k must lie between 1 and the library's 2 modules" in told[2]
+
+
+def test_fisher_information_comes_from_inputs_and_steps(modules):
+    square = jax.tree.map(jnp.square, modules["math"])
+    step = Method("fisher", ("math", "code"), (1, 2), "factor", options={"fishers": ("f", "all")})
+    steps = {"all": Expression("f"), "x": step}
+    recipe = Recipe({"math": "", "code": "", "f": ""}, steps, {"o": "x"})
+    assert used(step) == ["math", "code", "f", "all"]
+    inputs = modules | {"f": square}
+    adapters = [modules["math"], modules["code"]]
+    wanted, _ = merge(adapters, "fisher", weights=[1, 2], space="factor", fishers=[square, square])
+    found = evaluate(recipe, inputs)["x"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, wanted)
+    assert plan(recipe, inputs).keys() == {"all", "x"}
+    assert parsed_text(recipe_text(recipe), "again")[0].steps == steps
 
 
 def test_a_wrong_call_is_pointed_at(tmp_path, modules):
@@ -91,9 +110,9 @@ def test_inputs_that_are_not_there_are_named(written, modules):
 def test_every_method_can_be_planned(lora, name):
     count = METHODS[name].most or 2
     given = {n: 0.5 for n, option in options(name, {}).items() if option.default is option.empty}
-    recipe = Recipe(
-        dict.fromkeys("abc", ""),
-        {"x": Method(name, tuple("abc"[:count]), options=given)},
-        {"o": "x"},
-    )
+    space = "delta"
+    if name == "fisher":
+        given, space = {"fishers": tuple("bc")}, "factor"
+    step = Method(name, tuple("abc"[:count]), space=space, options=given)
+    recipe = Recipe(dict.fromkeys("abc", ""), {"x": step}, {"o": "x"})
     assert jax.tree.leaves(plan(recipe, {n: lora(seed) for seed, n in enumerate("abc")})["x"])

@@ -85,13 +85,18 @@ outputs: {out/both: both, out/all: mean, r: routed, s: small}
         (HEAD + "  x: {knots: [a], inner: tiez}" + TAIL, (3, 26), "'tiez'; did you mean ties"),
         (HEAD + "  x: {arrow: [a], top_k: 0}" + TAIL, (3, 26), "top_k must be at least 1; got 0"),
         (HEAD + "  x: ties(a, density=2)" + TAIL, (3, 22), "at most 1; got 2"),
-        (HEAD + "  x: 2*svd(a, weights=[b])" + TAIL, (3, 20), "unexpected 'b'|number is wanted"),
         (HEAD + "  x: {ties: [a], density: true}" + TAIL, (3, 27), "a number is wanted; got True"),
         (HEAD + "  x: {ties: [a], majority: 3}" + TAIL, (3, 28), "a word is wanted; got 3"),
         (HEAD + "  x: {arrow: [a], top_k: 1.5}" + TAIL, (3, 26), "a whole number is wanted"),
         (HEAD + "  x: {ties: [a], seed: 1}" + TAIL, (3, 18), "ties has no option 'seed'"),
         (HEAD + "  x: {knots: [a], gamma: 1}" + TAIL, (3, 19), "knots has no option 'gamma'"),
-        (HEAD + "  x: {fisher: [a, b]}" + TAIL, (3, 7), "unknown method 'fisher'"),
+        (HEAD + "  x: {fisher: [a, b]}" + TAIL, (3, 3), "fisher needs fishers: add it"),
+        (HEAD + "  x: {fisher: [a], fishers: [c]}" + TAIL, (3, 30), "unknown name 'c'"),
+        (
+            HEAD + "  x: {fisher: [a], fishers: 3}" + TAIL,
+            (3, 29),
+            "a list of names is wanted; got 3",
+        ),
         (HEAD + "  x: {gks: [a]}" + TAIL, (3, 7), "steps.x.gks: takes 2 modules; got 1"),
         (HEAD + "  x: {analogy: [a, b, a]}" + TAIL, (3, 3), "analogy needs weight: add it"),
         (HEAD + "  x: {ties: []}" + TAIL, (3, 7), "steps.x.ties: takes at least 1 modules; got 0"),
@@ -139,7 +144,7 @@ def test_all_is_told_at_once_in_the_order_of_the_file():
 def test_a_step_is_described_with_its_weights():
     weights = (0.5, (0, 1), {"q_proj": 2, "*": (1, 0)})
     step = Method("ties", ("a", "b", "c"), weights, rank=4, options={"density": 0.3})
-    told = 'ties of a, b, c; weights 0.5, [0, 1], {"q_proj": 2, "*": [1, 0]}; density 0.3, rank 4'
+    told = "ties of a (0.5), b (0 to 1), c (q_proj 2, * 1 to 0); density 0.3, rank 4"
     assert described(step) == told
     assert described(Expression("a - b", rank=2)) == "a - b; rank 2"
 
