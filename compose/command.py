@@ -80,7 +80,7 @@ def _print(
     errors: provenance.Errors,
     merges: provenance.Errors,
 ) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(summary.sizes(inputs, result, errors, merges))
     if (cosines := summary.cosines(inputs)) is not None:
         console.print(cosines)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from rich.markup import escape
 
 from lora_jax import models
 from lora_jax.errors import refuse_all
@@ -203,7 +202,7 @@ def generate(
         return chosen, _watched(advance, state, chosen, ended)
 
     with bar("writing") as progress:
-        task = progress.add_task(escape(told), total=len(prompts), note="")
+        task = progress.add_task(told, total=len(prompts), note="")
         work = starmap(written, _by_length(prompts, sampling.max_new_tokens, tokens))
         for chosen, rows in work if ended else list(work):  # unwatched, all are under way at once
             replies |= {

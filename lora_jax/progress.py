@@ -17,12 +17,13 @@ def bar(name: str) -> Progress:
     Every task carries `note`, a few words shown at the end of its line.
     """
     return Progress(
-        TextColumn(f"[bold]{name}[/] {{task.description}}"),
+        TextColumn(name, style="bold", markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
         console=Console(stderr=True),
     )
 

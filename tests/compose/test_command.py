@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from compose.cli import Command
 from compose.command import run
 from compose.inputs import load_input
 from compose.library import Library
+from compose.merging.merge import merge
 from lora_jax import checkpoint, peft
 from lora_jax.dora import with_magnitudes
 from lora_jax.errors import InputError
@@ -65,6 +67,24 @@ def test_rank_is_kept_and_its_error_recorded(compose, config):
     assert load_input(out, config)[Q].a.shape[-1] == 2
     errors = json.loads((out / "provenance.json").read_text())["truncation_error"]
     assert len(errors[""][Q]) == 2 and all(0 < error < 1 for error in errors[""][Q])
+
+
+def test_fisher_information_on_disk_weighs_the_factors(compose, folders, tmp_path, config, capsys):
+    inputs, adapters, squares = [], [], []
+    for name in ("chat", "toxic"):
+        adapters.append(peft.load_adapter(folders / name, config))
+        squares.append(jax.tree.map(np.square, adapters[-1]))
+        peft.save_adapter(tmp_path / f"{name}-information", squares[-1], config)
+        inputs += [f"{name}={folders / name}", f"f{name}={tmp_path / f'{name}-information'}"]
+    text = "fisher(chat, toxic, fishers=[fchat, ftoxic])"
+    out = compose(text, inputs=tuple(inputs), space="factor")
+    wanted, _ = merge(adapters, "fisher", space="factor", fishers=squares)
+    found = peft.load_adapter(out, config)[Q]
+    for side in ("a", "b"):
+        factor = getattr(wanted[Q], side)
+        np.testing.assert_allclose(getattr(found, side), factor, rtol=1e-5, atol=1e-6)
+    shown = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert "fishers=[fchat,ftoxic])" in shown
 
 
 def test_a_routed_result_is_a_library_with_its_settings(compose, config):
