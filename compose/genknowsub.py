@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from compose import lowrank
 from compose.align import by_projection
 from compose.arithmetic import Space, Weight, average, factor_sum, weighted_sum
+from compose.decompositions import significant, wide
 from compose.library import Library
-from compose.merging.cores import significant, wide
 from compose.weights import over_layers
 from lora_jax.errors import InputError
 from lora_jax.modules import Adapter, LoRA, Module, Saved

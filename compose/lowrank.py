@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from compose.align import common_scale
+from compose.decompositions import Triplets, turned, wide
 from lora_jax.errors import InputError
 from lora_jax.modules import LoRA, fold_scale
 
@@ -32,7 +33,7 @@ def norm(module: LoRA) -> Array:
     return abs(module.scale) * _norm(module.a, module.b)
 
 
-def svd(module: LoRA) -> tuple[Array, Array, Array]:
+def svd(module: LoRA) -> Triplets:
     """The thin SVD of a delta: U (..., I, K), S (..., K), Vt (..., K, O), K = min(I, R, O).
 
     The largest entry of each column of U is positive, so equal deltas have equal vectors wherever
@@ -65,8 +66,8 @@ def recompress(module: LoRA, rank: int) -> tuple[LoRA, Array]:
 @jax.jit
 def _inner(a: Array, b: Array, c: Array, d: Array) -> Array:
     with jax.default_matmul_precision("highest"):
-        left = jnp.einsum("...IR,...IS->...RS", _wide(a), _wide(c))
-        right = jnp.einsum("...RO,...SO->...RS", _wide(b), _wide(d))
+        left = jnp.einsum("...IR,...IS->...RS", wide(a), wide(c))
+        right = jnp.einsum("...RO,...SO->...RS", wide(b), wide(d))
     return jnp.sum(left * right, axis=(-2, -1))
 
 
@@ -76,11 +77,12 @@ def _norm(a: Array, b: Array) -> Array:
 
 
 @jax.jit
-def _svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
+def _svd(a: Array, b: Array) -> Triplets:
     return _by_matrix(_thin_svd, a, b)
 
 
-def _thin_svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
+@jax.custom_jvp
+def _thin_svd(a: Array, b: Array) -> Triplets:
     """The SVD of one a @ b, its signs fixed by the largest entry of each left vector."""
     q, core, p = _core(a, b)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
@@ -91,11 +93,24 @@ def _thin_svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
     return u * sign, s, vt * sign.T
 
 
+@_thin_svd.defjvp
+def _thin_svd_tangents(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Triplets, Triplets]:
+    """Of da·b + a·db, which is not formed."""
+    (a, b), (da, db) = jax.tree.map(wide, (primals, tangents))
+    found = u, _, vt = _thin_svd(*primals)
+    with jax.default_matmul_precision("highest"):
+        along = da @ (b @ vt.T) + a @ (db @ vt.T)
+        across = (u.T @ da) @ b + (u.T @ a) @ db
+        return found, turned(found, along, across, size=max(a.shape[0], b.shape[1]))
+
+
 def _core(a: Array, b: Array) -> tuple[Array, Array, Array]:
     """a @ b as q @ core @ pᵀ, with orthonormal columns in q and p and a core of R×R at most."""
-    q, left = jnp.linalg.qr(_wide(a))
+    q, left = jnp.linalg.qr(wide(a))
     with jax.default_matmul_precision("highest"):
-        p, right = jnp.linalg.qr((left @ _wide(b)).T)
+        p, right = jnp.linalg.qr((left @ wide(b)).T)
     return q, right.T, p
 
 
@@ -113,8 +128,3 @@ def _by_matrix(function: Callable[[Array, Array], Any], a: Array, b: Array) -> A
         default=jax.vmap(function),
     )
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), result)
-
-
-def _wide(x: Array) -> Array:
-    """In float32 at least: no decomposition exists for less."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

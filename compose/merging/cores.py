@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from compose.decompositions import ratio, significant, svd, wide
 from lora_jax.modules import LoRA
 
 Array = jax.Array
@@ -24,18 +25,28 @@ def bases(members: LoRA) -> tuple[Array, Array, Array]:
 
 def coordinates(members: LoRA) -> tuple[Array, Array, Array, Array]:
     """The same with the cores as factors: left, a (M, K, R), b (M, R, L) with the scale, right."""
-    left, a = jnp.linalg.qr(rearrange(wide(members.a), "M I R -> I (M R)"))
-    right, b = jnp.linalg.qr(rearrange(wide(members.b), "M R O -> O (M R)"))
-    a = rearrange(a, "K (M R) -> M K R", M=len(members.a))
-    b = rearrange(b, "L (M R) -> M R L", M=len(members.a))
-    return left, a, members.scale * b, right.T
+    left, a = _basis(members, members.a)
+    right, b = _basis(members, members.b.mT)
+    return left, a, members.scale * b.mT, right.T
 
 
 def columns(members: LoRA) -> tuple[Array, Array]:
     """left (I, K) and columns (M, K, O) with Δᵢ = left·columnsᵢ, exactly; left is orthonormal."""
-    left, a = jnp.linalg.qr(rearrange(wide(members.a), "M I R -> I (M R)"))
-    a = rearrange(a, "K (M R) -> M K R", M=len(members.a))
+    left, a = _basis(members, members.a)
     return left, members.scale * jnp.einsum("MKR,MRO->MKO", a, wide(members.b))
+
+
+def _basis(members: LoRA, factors: Array) -> tuple[Array, Array]:
+    """Orthonormal columns (I, K) that hold those of factors (M, I, R), and these in them (M, K, R).
+
+    Where a module of lower rank is padded something else takes the place of its zeros, as a QR
+    decomposition of zeros has no derivative; then they are zeros again.
+    """
+    real = (jnp.any(members.a != 0, axis=1) | jnp.any(members.b != 0, axis=2))[:, None]
+    filling = jax.random.normal(jax.random.key(0), factors.shape, wide(factors).dtype)
+    filled = jnp.where(real, wide(factors), filling)
+    basis, inside = jnp.linalg.qr(rearrange(filled, "M I R -> I (M R)"))
+    return basis, real * rearrange(inside, "K (M R) -> M K R", M=len(factors))
 
 
 def product(a: Array, b: Array, members: LoRA) -> LoRA:
@@ -56,7 +67,7 @@ def orthonormal(x: Array) -> Array:
 
 def directions(x: Array) -> tuple[Array, Array, Array]:
     """The thin SVD of a matrix; what belongs to no strength is zero."""
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vt = svd(x)
     there = significant(s, max(x.shape))
     return u * there, s * there, vt * there[:, None]
 
@@ -71,18 +82,3 @@ def _turned(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array
     out = (dx - u @ (u.T @ dx)) @ vt.T * ratio(jnp.ones_like(s), s)
     down = ratio(jnp.ones_like(s), s)[:, None] * (u.T @ (dx - dx @ vt.T @ vt))
     return u @ vt, u @ turn @ vt + out @ vt + u @ down
-
-
-def significant(s: Array, size: int) -> Array:
-    """Which singular values (..., K) of a matrix of `size` rows or columns are not rounding."""
-    return s > 10 * size * jnp.finfo(s.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
-
-
-def ratio(x: Array, y: Array) -> Array:
-    """x / y, and 0 where y is 0; its gradient is finite there too."""
-    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
-
-
-def wide(x: Array) -> Array:
-    """In float32 at least: no decomposition exists for less."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

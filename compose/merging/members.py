@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compose.merging.cores import wide
+from compose.decompositions import wide
 from lora_jax.modules import LoRA
 
 Array = jax.Array

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from compose import lowrank
 from compose.arithmetic import Space, delta_sum
+from compose.decompositions import wide
 from compose.library import stack
-from compose.merging.cores import wide
 from compose.merging.layers import by_layer
 from compose.merging.members import Members
 from compose.merging.methods import ELEMENTWISE, LOW_RANK, MEANS, VECTOR

@@ -7,7 +7,7 @@ many agree, mergekit elects on weighted ones and divides by the weights of those
 import jax
 import jax.numpy as jnp
 
-from compose.merging.cores import wide
+from compose.decompositions import wide
 from compose.merging.members import per_member, total, weighted
 from compose.option_values import refuse_faults
 

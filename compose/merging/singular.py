@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from compose import lowrank
+from compose.decompositions import significant
 from compose.merging.cores import (
     bases,
     coordinates,
     directions,
     orthonormal,
     product,
-    significant,
 )
 from compose.option_values import refuse_faults
 from lora_jax.modules import LoRA

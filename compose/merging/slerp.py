@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from compose import lowrank
-from compose.merging.cores import wide
+from compose.decompositions import wide
 from compose.merging.members import Members, joined, per_member, weighted
 from compose.merging.sparse import Number
 from lora_jax.errors import InputError

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from compose.merging.cores import bases, product, ratio, significant, wide
+from compose.decompositions import ratio, significant, svd, wide
+from compose.merging.cores import bases, product
 from compose.merging.elementwise import ELEMENTWISE
 from compose.option_values import refuse_faults
 from lora_jax.modules import LoRA
@@ -41,7 +42,7 @@ def knots(
     """
     merge = _entrywise(inner, key, options)
     left, cores, right = bases(members)
-    v, s, ut = jnp.linalg.svd(rearrange(cores, "M K L -> (M K) L"), full_matrices=False)
+    v, s, ut = svd(rearrange(cores, "M K L -> (M K) L"))
     v = rearrange(v * significant(s, max(v.shape)), "(M K) L -> M K L", M=len(cores))
     parts = left @ (v * s if scaled else v)
     merged = merge(parts, weights)
@@ -71,7 +72,7 @@ def core_space(
 
 def _principal(stacked: Array, basis: Array) -> Array:
     """The left singular vectors of a matrix (I, M·R), in coordinates of its basis (I, K)."""
-    return jnp.linalg.svd(basis.T @ stacked, full_matrices=False)[0]
+    return svd(basis.T @ stacked)[0]
 
 
 def compress_then_merge(
@@ -130,7 +131,7 @@ def _tucker(cores: Array, rank: int, iterations: int, tolerance: float) -> tuple
 
 def _leading(x: Array, rank: int, unfold: str) -> Array:
     """The first left singular vectors of an unfolded array."""
-    return jnp.linalg.svd(rearrange(x, unfold), full_matrices=False)[0][:, :rank]
+    return svd(rearrange(x, unfold))[0][:, :rank]
 
 
 def _entrywise(inner: str, key: Array | None, options: dict[str, Any]) -> Callable[..., Array]:

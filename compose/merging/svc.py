@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from compose import lowrank
+from compose.decompositions import svd, wide
 from compose.library import stack
-from compose.merging.cores import bases, product, wide
+from compose.merging.cores import bases, product
 from lora_jax.errors import InputError
 from lora_jax.modules import IA3, Adapter, LoRA, Module, Saved
 
@@ -29,7 +30,7 @@ def svc(members: LoRA, weights: Array, *, alpha: float = 1.0) -> LoRA:
     (the authors' command has 0.1) makes larger what only some of the modules have.
     """
     left, cores, right = bases(members)
-    u, s, vt = jnp.linalg.svd(jnp.einsum("M,MKL->KL", weights, cores), full_matrices=False)
+    u, s, vt = svd(jnp.einsum("M,MKL->KL", weights, cores))
     gain = _gain(u * s, cores @ vt.T, jnp.linalg.norm(cores, axis=(1, 2)), alpha)
     return product(left @ (u * (gain * s)), vt @ right, members)
 

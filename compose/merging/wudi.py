@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compose.merging.cores import bases, columns, product, ratio
+from compose.decompositions import ratio
+from compose.merging.cores import bases, columns, product
 from lora_jax.modules import LoRA
 
 Array = jax.Array

@@ -21,6 +21,14 @@ def members():
 
 
 @pytest.fixture(scope="session")
+def ragged(members):
+    """The same modules, the first of rank 1 only and padded with zeros."""
+    m = members()
+    real = jnp.ones((3, 2)).at[0, 1].set(0)
+    return m.replace(a=m.a * real[:, None], b=m.b * real[:, :, None])
+
+
+@pytest.fixture(scope="session")
 def deltas():
     """A function to the dense deltas of a LoRA, in float64."""
 

@@ -40,10 +40,11 @@ def test_it_maps_over_weights_in_one_program(members, deltas, far, name):
         assert far(deltas(jax.tree.map(lambda x, n=n: x[n], found)), deltas(want)) < 1e-4
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @methods
-def test_its_slope_is_that_of_the_function(members, deltas, name):
-    m, random = members(), np.random.default_rng(7)
-    steps = [random.standard_normal(x.shape) for x in (m.a, m.b, WEIGHTS)]
+def test_its_slope_is_that_of_the_function(members, ragged, deltas, name, padded):
+    m, random = ragged if padded else members(), np.random.default_rng(7)
+    steps = [random.standard_normal(x.shape) * (x != 0) for x in (m.a, m.b, WEIGHTS)]
     if name in FIXED:
         steps[:2] = [np.zeros_like(x) for x in steps[:2]]
     da, db, dw = (jnp.asarray(x, jnp.float32) for x in steps)
