@@ -12,10 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from lora_jax.files import write_json
 from scripts.timing import show
 
 Projection = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -30,6 +32,8 @@ class Settings:
     projections: tuple[Projection, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     layers: int = 32  # of the whole model; 1 leaves it out
     rounds: int = 3  # timed merges after the first; PEFT's that take over five seconds have one
+    results: Path | None = None  # a JSON file of every merge's cost; those in it are not made again
+    figure: Path | None = None  # an image of the costs, .png or .svg
     worker: Literal["ours", "peft"] | None = None  # one merge alone, as the command calls itself
 
 
@@ -49,25 +53,53 @@ def main() -> None:
 
 
 def report(settings: Settings) -> None:
-    """Runs every merge and shows what it took."""
+    """Runs every merge, shows what it took, and draws it if a figure is asked for."""
+    costs = {method: _costs(method, settings) for method in settings.methods}
     rows = []
-    for method in settings.methods:
-        alone = replace(settings, methods=(method,), layers=1)
-        theirs, one = _worker("peft", alone), _worker("ours", alone)
-        row = [method, _cost(theirs), _cost(one), f"{theirs['again'] / one['again']:.1f}x"]
-        if settings.layers > 1:
-            whole = replace(settings, methods=(method,), rounds=1)
-            row.append(_cost(_worker("ours", whole)))
+    for method, (theirs, one, *whole) in costs.items():
+        ratio = f"{theirs['again'] / one['again']:.1f}x"
+        row = [method, _told(theirs), _told(one), ratio, *map(_told, whole)]
         rows.append([*row, f"{one['first']:.1f} s"])
-        print(f"{method}: {theirs} {one}", file=sys.stderr)
-    all_layers = [f"ours, {settings.layers} layers"] if settings.layers > 1 else []
-    columns = ["method", "PEFT, a layer", "ours, a layer", "ratio", *all_layers, "first, compiled"]
+    columns = ["method", *_sides(settings), "first, compiled"]
+    columns.insert(3, "ratio")
     where, load = ", ".join(settings.projections), os.getloadavg()[1]
     title = f"Ten rank-16 adapters of Phi-3-mini ({where}), to rank 16 (svd), load {load:.1f}"
     show(title, columns, rows)
+    if settings.figure is not None:
+        from scripts import merging_cost
+
+        merging_cost.draw(costs, _sides(settings), settings.figure)
 
 
-def _cost(found: dict[str, float]) -> str:
+def _sides(settings: Settings) -> list[str]:
+    """What is measured of every method, in words."""
+    whole = [f"ours, {settings.layers} layers"] if settings.layers > 1 else []
+    return ["PEFT, a layer", "ours, a layer", *whole]
+
+
+def _costs(method: str, settings: Settings) -> list[dict[str, float]]:
+    """What a method costs PEFT and us at one layer, and us at all."""
+    alone = replace(settings, methods=(method,), layers=1)
+    whole = [replace(settings, methods=(method,), rounds=1)] if settings.layers > 1 else []
+    ours = [_kept("ours", one) for one in (alone, *whole)]
+    return [_kept("peft", alone), *ours]
+
+
+def _kept(side: Literal["ours", "peft"], settings: Settings) -> dict[str, float]:
+    """A merge's cost, out of the results if they have it, and into them if they do not."""
+    file = settings.results
+    known = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    told = (side, *settings.methods, f"{settings.layers} layers", *settings.projections)
+    key = " ".join(told)
+    if key not in known:
+        known[key] = _worker(side, settings)
+        print(f"{key}: {_told(known[key])}", file=sys.stderr)
+        if file is not None:
+            write_json(file, known)
+    return known[key]
+
+
+def _told(found: dict[str, float]) -> str:
     """Seconds on the clock and of all processors, and memory, in words."""
     seconds = f"{found['again']:.3g} s ({found['cpu']:.3g} of CPU)"
     return f"{seconds}, {found['peak'] / 2**20:,.0f} MiB"

@@ -109,6 +109,28 @@ def _seconds(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - used
 
 
+def draw(costs: Mapping[str, list[dict[str, float]]], sides: list[str], path: Path) -> None:
+    """Bars of each method's seconds and memory, on logarithmic axes, by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.6 * len(costs)), layout="constrained")
+    panels = {"seconds": ("again", 1.0), "MiB added at the peak": ("peak", 2.0**20)}
+    thick = 0.8 / len(sides)
+    for axes, (label, (key, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for n, side in enumerate(sides):
+            places = [row + (n - (len(sides) - 1) / 2) * thick for row in range(len(costs))]
+            values = [found[n][key] / unit for found in costs.values()]
+            bars = axes.barh(places, values, thick, label=side)
+            axes.bar_label(bars, [f"{value:.2g}" for value in values], padding=2, fontsize=7)
+        axes.set_yticks(range(len(costs)), list(costs))
+        axes.set(xscale="log", xlabel=label)
+        axes.margins(x=0.12)
+        axes.invert_yaxis()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(sides))
+    figure.savefig(path)
+
+
 class Memory:
     """The most bytes of memory that the process has taken while in the context; Linux only."""
 

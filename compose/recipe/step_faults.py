@@ -1,5 +1,6 @@
 """What is wrong with a recipe's step, as far as that can be said without its modules."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from compose.expression import refuse_rank
@@ -102,13 +103,19 @@ def _options(recipe: Recipe, key: Key, step: Method) -> Iterator[Problem]:
         elif name == FISHERS:
             yield from _used(recipe, key[1], (*key, name), value)
         elif wanted := misfit(known[name], value):
-            yield problem(recipe.source, (*key, name), f"{wanted} is wanted; got {value!r}")
+            quoted = "; leave its quotes out" * (isinstance(value, str) and _is_number(value))
+            yield problem(recipe.source, (*key, name), f"{wanted} is wanted; got {value!r}{quoted}")
         elif told := unknown_inner(value) if name == "inner" else fault(name, value):
             yield problem(recipe.source, (*key, name), told)
     for name, option in known.items():
         if option.default is option.empty and name not in step.options:
             message = f"{step.name} needs {name}: add it to the step"
             yield problem(recipe.source, key, message, on_key=True)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number, or stands for one in a sweep."""
+    return bool(re.fullmatch(r"\{\w+\}|[-+]?[\d.]+(e[-+]?\d+)?", text.strip(), re.IGNORECASE))
 
 
 def _unknown(recipe: Recipe, step: str, name: str) -> str:

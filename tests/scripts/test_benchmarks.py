@@ -10,7 +10,14 @@ import pytest
 from lora_jax.families import llama
 from lora_jax.rope import Rope
 from lora_jax.routing import routed
-from scripts import arrow_cost, benchmark_routing, benchmark_training, routing_cost, timing
+from scripts import (
+    arrow_cost,
+    benchmark_merging,
+    benchmark_routing,
+    benchmark_training,
+    routing_cost,
+    timing,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +95,24 @@ def test_a_ratio_is_told_with_the_interval_of_its_order():
     assert timing.ratio(times, [1] * 81) == 0.4
     low, high = timing.interval(times, [1] * 81)
     assert (low, high) == pytest.approx((0.31, 0.49), abs=0.011)  # 40 +- 1.96 sqrt(81) / 2 places
+
+
+def test_merging_is_measured_once_and_drawn(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def worker(side, settings):
+        asked.append((side, settings.methods, settings.layers))
+        seconds = {"peft": 2.0, "ours": 0.5}[side] * settings.layers
+        return {"first": 3.0, "again": seconds, "cpu": 1.0, "peak": 2.0**21}
+
+    monkeypatch.setattr(benchmark_merging, "_worker", worker)
+    files = {"results": tmp_path / "costs.json", "figure": tmp_path / "merging.svg"}
+    settings = benchmark_merging.Settings(("svd", "cat"), ("o_proj",), 4, 1, **files)
+    for _ in range(2):
+        benchmark_merging.report(settings)
+        told = capsys.readouterr().out
+        assert "4.0x" in told and "2 s (1 of CPU)" in told
+    every = [(side, layers) for layers, side in ((1, "ours"), (4, "ours"), (1, "peft"))]
+    assert asked == [(side, (name,), n) for name in ("svd", "cat") for side, n in every]
+    drawn = files["figure"].read_text()
+    assert all(words in drawn for words in ("ours, 4 layers", "seconds", "MiB added"))

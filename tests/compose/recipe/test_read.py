@@ -80,6 +80,8 @@ outputs: {out/both: both, out/all: mean, r: routed, s: small}
             (3, 27),
             "a number is wanted; got 'lots'",
         ),
+        (HEAD + "  x: {ties: [a], density: '0.5'}" + TAIL, (3, 27), "'0.5'; leave its quotes out"),
+        (HEAD + "  x: {ties: [a], density: '{x}'}" + TAIL, (3, 27), "leave its quotes out"),
         (HEAD + "  x: {ties: [a], density: 2}" + TAIL, (3, 27), "at most 1; got 2"),
         (HEAD + "  x: {ties: [a], majority: m}" + TAIL, (3, 28), "unknown majority 'm'; choose"),
         (HEAD + "  x: {knots: [a], inner: tiez}" + TAIL, (3, 26), "'tiez'; did you mean ties"),
