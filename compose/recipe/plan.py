@@ -8,6 +8,7 @@ import jax
 from compose.functions import Value
 from compose.library import Library
 from compose.recipe.problems import Problem, in_expression, problem, refuse
+from compose.recipe.shares import ShareError
 from compose.recipe.steps import made
 from compose.recipe.value import Expression, Recipe, Step, needed, refuse_missing, used
 from compose.syntax import ExpressionError
@@ -56,4 +57,6 @@ def _problem(recipe: Recipe, name: str, step: Step, error: InputError) -> Proble
     key = ("steps", name)
     if isinstance(error, ExpressionError) and isinstance(step, Expression):
         return in_expression(recipe.source, key, step.text, error)
+    if isinstance(error, ShareError):
+        return problem(recipe.source, (*key, "weights"), str(error))
     return problem(recipe.source, key, str(error), on_key=True)

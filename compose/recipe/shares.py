@@ -21,6 +21,10 @@ WANTED = (
 )
 
 
+class ShareError(InputError):
+    """Weights that do not go with the projections of the modules."""
+
+
 def is_share(value: Any) -> bool:
     """Whether a value can be a member's weight."""
     if isinstance(value, Mapping):
@@ -60,7 +64,7 @@ def refuse_idle(shares: Sequence[Share], adapters: Sequence[Adapter]) -> None:
     patterns = dict.fromkeys(p for share in shares if isinstance(share, Mapping) for p in share)
     idle = [p for p in patterns if p != "*" and not any(_fits(p, path) for path in paths)]
     if idle:
-        raise InputError(
+        raise ShareError(
             f"weights for {', '.join(idle)}, which fit no projection; the members change "
             f"{', '.join(paths)}"
         )
@@ -75,7 +79,7 @@ def _chosen(share: Mapping[str, Depth], path: str) -> Depth:
     for pattern, value in share.items():
         if _fits(pattern, path):
             return value
-    raise InputError(f'no weight for {path}; end the table of weights with "*" for all others')
+    raise ShareError(f'no weight for {path}; end the table of weights with "*" for all others')
 
 
 def _over(points: Depth, path: str, module: Module) -> Weight:
@@ -87,7 +91,7 @@ def _over(points: Depth, path: str, module: Module) -> Weight:
             return over_depth(points, len(x))
         case IA3(offset=x) if x.ndim == 2:
             return over_depth(points, len(x))
-    raise InputError(
+    raise ShareError(
         f"{path} is there once, not in every layer; give it a number of its own: "
         f'{{"{path}": 1, "*": [0, 1]}}'
     )

@@ -49,7 +49,7 @@ outputs: {o: late, p: over, q: wide, r: fine}
     assert first.endswith("recipe.yaml: 3 things are wrong:")
     assert [part.split(",")[0][-1] for part in told] == ["4", "6", "7"]
     assert "q_proj: cannot combine IA3" in told[0]
-    assert "weights for k_proj, which fit no projection" in told[1]
+    assert "column 39: steps.over.weights: weights for k_proj, which fit no proj" in told[1]
     assert "top_k must lie between 1 and the library's 2 modules" in told[2]
 
 
