@@ -5,6 +5,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from lora_jax.errors import InputError
 
 ROOT = "sqrt(d)"  # the temperature that is the root of a projection's input width
@@ -25,7 +27,7 @@ LIMITS = {
     "epsilon": (_FROM_0, _TO_1),
     "beta": (_FROM_0, _TO_1),
     "common": (_FROM_0, _TO_1),
-    "alpha": (_FROM_0,),
+    "alpha": (_ABOVE_0,),
     "damping": (_FROM_0,),
     "rate": (_FROM_0,),
     "tolerance": (_FROM_0,),
@@ -38,6 +40,7 @@ LIMITS = {
     "rank": (_FROM_1,),
     "seed": (_FROM_0,),
 }
+STATIC = ("keep", "shared_rank", "common")  # what shapes depend on
 _RELATIONS = {
     ">": (operator.gt, "above"),
     ">=": (operator.ge, "at least"),
@@ -52,6 +55,8 @@ def fault(name: str, value: Any) -> str:
     """
     if isinstance(value, str):
         return _word_fault(name, value)
+    if isinstance(value, jax.Array) and name in STATIC:
+        return f"{name} decides what is compiled: give a plain number, not an array"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return ""
     if not math.isfinite(value):

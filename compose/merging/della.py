@@ -27,7 +27,7 @@ def della(
     epsilon: Number = 0.1,
     majority: str = "total",
 ) -> Array:
-    """DELLA as the paper has it: each entry divided by its own chance, signs elected as in `ties`.
+    """DELLA as its paper (2406.11617) has it: each entry over its own chance, signs as in `ties`.
 
     Chances fall from density + ε/2 for a row's largest by ε/n for each of its n entries.
     """
@@ -49,7 +49,7 @@ def della_mergekit(
     epsilon: Number = 0.15,
     majority: str = "total",
 ) -> Array:
-    """DELLA as mergekit has it: chances from density - ε to density + ε, both taken.
+    """DELLA (2406.11617) as mergekit has it: chances from density - ε to density + ε, both taken.
 
     What is kept is rescaled to the module's sum of magnitudes, and signs are elected and the sum is
     divided as in `ties_mergekit`.
@@ -71,7 +71,7 @@ def della_linear_mergekit(
     density: Number = 1.0,
     epsilon: Number = 0.15,
 ) -> Array:
-    """The weighted sum of the same entries, with no election."""
+    """The weighted sum of the same entries (DELLA, 2406.11617; mergekit), with no election."""
     drop = _rescaled(members, density, epsilon, key)
 
     def formula(xs: Array, key: Array) -> Array:

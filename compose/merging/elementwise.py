@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from compose.decompositions import ratio
 from compose.merging import sparse
 from compose.merging.della import della, della_linear_mergekit, della_mergekit
 from compose.merging.members import Members, joined, weighted
@@ -32,7 +33,10 @@ def linear(members: Members, weights: Array) -> Array:
 
 
 def magnitude_prune(members: Members, weights: Array, *, density: Number = 1.0) -> Array:
-    """The weighted sum of each module's largest entries, a `density` of them (PEFT)."""
+    """The weighted sum of each module's largest entries, a `density` of them (PEFT).
+
+    The trim of TIES (2306.01708, section 4) without its election.
+    """
     trim = sparse.trimmed(members, density)
     return joined(lambda xs: weighted(trim(xs), weights), members)
 
@@ -53,7 +57,7 @@ def ties(
 def ties_mergekit(
     members: Members, weights: Array, *, density: Number = 1.0, majority: str = "total"
 ) -> Array:
-    """TIES as mergekit has it: weighted modules vote, and the agreeing weights are the divisor."""
+    """TIES (2306.01708) as mergekit has it: weighted modules vote, and agreeing weights divide."""
     trim = sparse.trimmed(members, density)
     return joined(lambda xs: sum_by_weight(trim(xs), weights, majority, normalize=True), members)
 
@@ -75,7 +79,7 @@ def dare_ties(
     density: Number = 1.0,
     majority: str = "total",
 ) -> Array:
-    """DARE's entries, merged by the signs as in `ties` (PEFT)."""
+    """DARE's entries (2311.03099), merged by the signs as in `ties` (2306.01708; PEFT)."""
     drop = sparse.dropped(density)
     return joined(lambda xs, key: mean_by_count(drop(xs, key), weights, majority), members, key=key)
 
@@ -83,7 +87,7 @@ def dare_ties(
 def dare_linear_mergekit(
     members: Members, weights: Array, *, key: Array, density: Number = 1.0
 ) -> Array:
-    """DARE as mergekit has it: what is kept is rescaled to the module's sum of magnitudes."""
+    """DARE (2311.03099) as mergekit has it: rescaled to each module's sum of magnitudes."""
     drop = sparse.rescaled(members, sparse.dropped(density), key)
     return joined(lambda xs, key: weighted(drop(xs, key), weights), members, key=key)
 
@@ -96,7 +100,7 @@ def dare_ties_mergekit(
     density: Number = 1.0,
     majority: str = "total",
 ) -> Array:
-    """The same, of entries whose sign the weighted modules elect; nothing is divided."""
+    """The same (2311.03099), of entries whose sign the weighted modules elect; no division."""
     drop = sparse.rescaled(members, sparse.dropped(density), key)
 
     def formula(xs: Array, key: Array) -> Array:
@@ -126,7 +130,10 @@ def breadcrumbs_ties(
     gamma: Number = 0.01,
     majority: str = "total",
 ) -> Array:
-    """The same, of entries whose sign the weighted modules elect; nothing is divided (mergekit)."""
+    """The same (2312.06795), of entries whose sign the weighted modules elect; not divided.
+
+    As mergekit has it, which elects as TIES does (2306.01708).
+    """
     mask = sparse.without_outliers(members, density, gamma)
     return joined(lambda xs: sum_by_weight(mask(xs), weights, majority, normalize=False), members)
 
@@ -143,7 +150,7 @@ def fisher(members: Members, weights: Array, *, fishers: Members) -> Array:
         """The average of a block."""
         shares = weighted(fs, weights)
         there = shares != 0
-        plain = weighted(xs, weights) / jnp.sum(weights)
+        plain = ratio(weighted(xs, weights), jnp.sum(weights))
         return jnp.where(there, weighted(fs * xs, weights) / jnp.where(there, shares, 1), plain)
 
     return joined(formula, members, fishers)

@@ -12,7 +12,8 @@ SUMS = ("linear", "cat", "svd")  # weighted sums, exact in delta space
 LOW_RANK = {"slerp": slerp_deltas, **SPECTRAL}  # deltas from their factors, exactly
 VECTOR = ELEMENTWISE | VECTORS  # what has a form for IA3
 # Means, whose results do not grow with the weights: in factor space scales go into the factors.
-MEANS = ("ties_mergekit", "della_mergekit", "slerp", "fisher")
+MEANS = ("ties_mergekit", "della_mergekit", "fisher")
+INNER = tuple(name for name in ELEMENTWISE if name != "fisher")  # what merges coordinates
 METHODS = tuple(dict.fromkeys([*SUMS, *ELEMENTWISE, *SPECTRAL]))
 
 Options = dict[str, Parameter]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from compose import lowrank
 from compose.arithmetic import Space, delta_sum
-from compose.decompositions import wide
+from compose.decompositions import ratio, wide
 from compose.library import stack
 from compose.merging.layers import by_layer
 from compose.merging.members import Members
@@ -120,7 +120,7 @@ def _with_scales(members: LoRA, fishers: LoRA | None, scales: Array) -> tuple[Lo
     size = jnp.abs(scales).reshape(-1, *[1] * (members.a.ndim - 1))
     sign = jnp.sign(scales).reshape(size.shape)
     members = LoRA(sign * jnp.sqrt(size) * members.a, jnp.sqrt(size) * members.b)
-    return members, fishers and LoRA(fishers.a / size, fishers.b / size)
+    return members, fishers and LoRA(ratio(fishers.a, size), ratio(fishers.b, size))
 
 
 def _ranks(place: Place) -> int:

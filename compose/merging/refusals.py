@@ -1,19 +1,29 @@
 """What cannot be merged, told before anything is."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any
 
 import jax
+import numpy as np
 
 from compose.align import by_projection
 from compose.arithmetic import refuse_sum
-from compose.merging.methods import ELEMENTWISE, LOW_RANK, METHODS, SUMS, VECTOR, options_of
+from compose.merging.methods import (
+    ELEMENTWISE,
+    INNER,
+    LOW_RANK,
+    METHODS,
+    SUMS,
+    VECTOR,
+    options_of,
+)
 from compose.option_values import faults
 from compose.weights import Weights, refuse_lost
 from lora_jax.errors import InputError, nearest, refuse_all
 from lora_jax.modules import IA3, Adapter, Module, Saved
+
+_SOURCES = {"fishers": ", which lora-train --fisher measures"}
 
 
 def refuse_unfit(
@@ -30,8 +40,8 @@ def refuse_unfit(
         raise InputError("a merge of no modules is undefined; give at least one")
     if len(adapters) != len(weights):
         raise InputError(f"{len(adapters)} modules need as many weights; got {len(weights)}")
-    plain = [] if isinstance(weights, jax.Array) else weights
-    endless = [w for w in plain if isinstance(w, float) and not math.isfinite(w)]
+    known = [w for w in jax.tree.leaves(list(weights)) if not isinstance(w, jax.core.Tracer)]
+    endless = [w for w in known if not np.isfinite(w).all()]
     if endless:
         raise InputError(f"a weight is {endless[0]}; weights are finite numbers")
     if rank is not None and rank < 1:
@@ -55,7 +65,7 @@ def refuse_method(method: str, options: Mapping[str, Any]) -> None:
     has = f"it has {', '.join(known)}" if known else "it has none"
     wrong = [f"{method} has no option {name!r}; {has}" for name in options if name not in known]
     wrong += [
-        f"{method} needs {name}"
+        f"{method} needs {name}{_SOURCES.get(name, '')}"
         for name, option in known.items()
         if option.default is Parameter.empty and name not in options
     ]
@@ -67,9 +77,11 @@ def refuse_method(method: str, options: Mapping[str, Any]) -> None:
 
 def unknown_inner(inner: Any) -> str:
     """Why an option `inner` names no method that merges coordinates; "" if it does, or is none."""
-    if inner is None or inner in ELEMENTWISE:
+    if inner is None or inner in INNER:
         return ""
-    return f"unknown inner method {inner!r}; {nearest(str(inner), ELEMENTWISE)}"
+    if inner == "fisher":
+        return f"fisher knows entries, not coordinates; choose as inner {', '.join(INNER)}"
+    return f"unknown inner method {inner!r}; {nearest(str(inner), INNER)}"
 
 
 def _refuse_space(method: str, space: str, rank: int | None) -> None:
@@ -78,13 +90,16 @@ def _refuse_space(method: str, space: str, rank: int | None) -> None:
         raise InputError(f"unknown space {space!r}; choose delta or factor")
     if space == "factor":
         if rank is not None:
-            raise InputError("a rank recompresses deltas; factor space keeps its ranks")
+            raise InputError(
+                "a rank recompresses deltas; factor space keeps its ranks: drop the rank"
+            )
         if method in ("cat", "svd") or (method in LOW_RANK and method not in ELEMENTWISE):
             raise InputError(f"{method} works on deltas; merge in delta space")
 
 
 def _misfits(table: Mapping[str, list[Module | None]], method: str) -> Iterable[str]:
     """What a method cannot merge, by projection."""
+    ia3 = ", ".join(dict.fromkeys([*SUMS, *VECTOR]))
     for path, modules in table.items():
         for module in (m for m in modules if m is not None):
             refuse_sum(path, module)
@@ -92,7 +107,7 @@ def _misfits(table: Mapping[str, list[Module | None]], method: str) -> Iterable[
                 yield f"{path} is kept whole, and only weighted sums ({', '.join(SUMS)}) merge that"
                 break
             if isinstance(module, IA3) and method not in (*SUMS, *VECTOR):
-                yield f"{path} holds IA3, which {method} has no form for"
+                yield f"{path} holds IA3, which {method} has no form for; these have: {ia3}"
                 break
 
 

@@ -23,6 +23,7 @@ COLINEAR = 0.9995  # a cosine beyond which the arc is taken for a straight line,
 def slerp(members: Members, weights: Array, *, t: Number = 0.5) -> Array:
     """The tensor at `t` between the first module's (0) and the second's (1), each times its weight.
 
+    Shoemake, "Animating Rotation with Quaternion Curves" (SIGGRAPH 1985).
     The angle between them is divided as t says; lengths go from one's to the other's. One module
     alone stays itself.
     """
@@ -31,7 +32,10 @@ def slerp(members: Members, weights: Array, *, t: Number = 0.5) -> Array:
 
 
 def slerp_deltas(members: LoRA, weights: Array, *, t: Number = 0.5) -> LoRA:
-    """The same as a LoRA, exactly: a weighted sum, its weights found from the factors."""
+    """The same as a LoRA, exactly: a weighted sum, its weights found from the factors.
+
+    Shoemake (SIGGRAPH 1985), as for tensors.
+    """
     return weighted_deltas(members, _shares(members, weights, t))
 
 
@@ -46,7 +50,7 @@ def _shares(members: Members, weights: Array, t: Number) -> Array:
     """What the modules (M,) are to be multiplied by."""
     count = len(weights)
     if count > 2:
-        raise InputError(f"slerp lies between two modules; got {count}")
+        raise InputError(f"slerp lies between two modules; got {count}: merge two, then the next")
     if count == 1:
         return weights
     products = _products(members) * weights * weights[:, None]

@@ -26,6 +26,7 @@ Array = jax.Array
 def svc(members: LoRA, weights: Array, *, alpha: float = 1.0) -> LoRA:
     """The weighted sum, calibrated; `calibrated` does the same to what any other method gave.
 
+    Li et al. (2602.05536), equations 4 to 9.
     At alpha = 1 nothing grows: orthogonal modules are summed, equal ones averaged. A smaller alpha
     (the authors' command has 0.1) makes larger what only some of the modules have.
     """
@@ -38,7 +39,7 @@ def svc(members: LoRA, weights: Array, *, alpha: float = 1.0) -> LoRA:
 def svc_vector(members: Array, weights: Array, *, alpha: float = 1.0) -> Array:
     """The weighted sum of IA3 offsets (M, F), calibrated: a vector has one gain for all of it.
 
-    The paper names this form; no released code has it.
+    The paper (2602.05536) names this form; no released code has it.
     """
     return _scaled(jnp.einsum("M,MF->F", weights, members), members, alpha)
 

@@ -7,6 +7,8 @@ random start as in Halko, Martinsson and Tropp, "Finding Structure with Randomne
 import jax
 import jax.numpy as jnp
 
+from compose.decompositions import svd
+
 Array = jax.Array
 SMALL = 256  # up to this a matrix has its SVD whole
 SPARE = 8  # directions beyond the rank, so that the last ones wanted converge as well
@@ -26,7 +28,7 @@ def truncated(x: Array, rank: int) -> tuple[Array, Array, Array]:
     short = min(x.shape)
     with jax.default_matmul_precision("highest"):
         if short <= max(SMALL, 3 * (rank + SPARE)):
-            u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+            u, s, vt = svd(x)
             a, b = u[:, :rank], s[:rank, None] * vt[:rank]
         elif short == x.shape[0]:
             a, b = _leading(x, rank)

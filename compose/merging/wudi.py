@@ -21,14 +21,16 @@ Array = jax.Array
 def wudi(members: LoRA, weights: Array, *, damping: float = 0.0) -> LoRA:
     """The minimum itself, of τᵢ = wᵢΔᵢ: least squares in the modules' M·R input directions.
 
+    Cheng et al. (2503.08099); a module at weight 0 has no say in it.
     All of the objective, and the sum that the paper starts from, lies in those directions, so that
     descent ends there. Where they are independent the minimum is 0: on module i's inputs the result
     does what module i does. Nearly equal a's, as of one initialisation, make it large; `damping` ρ
-    adds ρ‖τ - Σ τᵢ‖² and holds it near the sum, as the paper's few steps do. Linear in the weights.
+    adds ρ‖τ - Σ τᵢ‖² and holds it near the sum, as the paper's few steps do. Linear in weights
+    that are not 0.
     """
     left, cores, right = bases(members)
     norms = jnp.linalg.norm(cores, axis=(1, 2))[:, None, None]
-    rows = ratio(cores.mT, norms)
+    rows = ratio(cores.mT, norms) * (weights != 0)[:, None, None]
     wanted = weights[:, None, None] * rows @ cores
     system = jnp.concatenate([*rows, jnp.sqrt(damping) * jnp.eye(cores.shape[1])])
     total = jnp.sqrt(damping) * jnp.einsum("M,MKL->KL", weights, cores)
@@ -41,6 +43,7 @@ def wudi_adam(
 ) -> Array:
     """The paper's way to the minimum: `steps` steps of Adam at `rate` from Σ wᵢτᵢ, entry by entry.
 
+    Cheng et al. (2503.08099).
     A step moves every entry by about `rate` whatever its size, so the result depends on how large
     the modules are, and has no low rank. Of vectors (IA3) it is the mean, as in the released code;
     one module is left as it is.

@@ -49,6 +49,29 @@ def test_modules_three_times_as_large_give_three_times_as_much(members, deltas, 
     assert far(deltas(found), 3 * deltas(plain)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tsv", {}),
+        ("wudi", {"damping": 0.1}),
+        ("knots", {"inner": "linear"}),
+        ("core_space", {"inner": "linear"}),
+    ],
+)
+def test_it_is_linear_in_the_weights(members, deltas, far, name, options):
+    m, other = members(), jnp.array([-1.0, 0.5, 0.25])
+    of = quick(lambda weights: SPECTRAL[name](m, weights, **options))
+    both = deltas(of(2 * WEIGHTS - other))
+    assert far(both, 2 * deltas(of(WEIGHTS)) - deltas(of(other))) < 1e-4
+
+
+def test_a_module_at_weight_zero_has_no_say_in_wudi(members, deltas, far):
+    m = members()
+    found = SPECTRAL["wudi"](m, WEIGHTS.at[1].set(0))
+    without = SPECTRAL["wudi"](jax.tree.map(lambda x: x[::2], m), WEIGHTS[::2])
+    assert far(deltas(found), deltas(without)) < 1e-5
+
+
 @methods
 def test_no_matrix_of_input_by_output_size_is_formed(name):
     wide = LoRA(jnp.ones((3, 300, 2)), jnp.ones((3, 2, 500)))
@@ -58,11 +81,12 @@ def test_no_matrix_of_input_by_output_size_is_formed(name):
 
 
 @methods
-def test_results_have_the_type_of_the_modules(members, name):
+def test_results_have_the_type_of_the_modules(members, deltas, far, name):
     m = jax.tree.map(lambda x: x.astype(jnp.bfloat16), members())
-    found = jax.eval_shape(SPECTRAL[name], m, WEIGHTS)
+    found = quick(SPECTRAL[name])(m, WEIGHTS)
     assert found.a.dtype == found.b.dtype == jnp.bfloat16
-    assert (found.a.shape[0], found.b.shape[1]) == (11, 9)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), m)
+    assert far(deltas(found), deltas(quick(SPECTRAL[name])(wide, WEIGHTS))) < 0.02
 
 
 @pytest.mark.parametrize("name", VECTORS)
