@@ -16,6 +16,7 @@ from compose.recipe.command import is_recipe
 from compose.recipe.problems import refuse
 from compose.recipe.read import parsed_text, read_text
 from compose.recipe.run import read_inputs
+from compose.recipe.value import needed
 from eval import sweep
 from eval.sweep import Setting, Sweep
 from lora_jax import models
@@ -23,6 +24,7 @@ from lora_jax.errors import InputError
 from lora_jax.modules import Adapter
 
 BASE = "base"
+Known = dict[tuple, Inputs]  # modules by a recipe's base and the inputs that it needs
 _LABELLED = re.compile(r"\s*([\w.+-]+)\s*=\s*(.+)", re.DOTALL)
 
 
@@ -55,10 +57,11 @@ def build(
     columns: list[Column] = []
     written = [_written(recipe) for recipe in recipes or inputs]
     sweep.refuse_unused([text for _, text, _ in written], swept)
+    known: Known = {}
     for name, text, file in written:
         for setting in sweep.settings(text, swept):
             whole = sweep.filled(text, setting)
-            made = _of_file(whole, file) if file else _of_text(whole, inputs, space)
+            made = _of_file(whole, file, known) if file else _of_text(whole, inputs, space)
             for member, value in made.items():
                 group = ".".join(filter(None, (name, member)))
                 shown = f"{group} {sweep.told(setting)}" if setting else group
@@ -84,11 +87,18 @@ def _of_text(text: str, inputs: Inputs, space: Space) -> dict[str, Adapter | Lib
     return {"": {} if text == BASE else evaluate(text, inputs, space=space)}
 
 
-def _of_file(text: str, file: str) -> dict[str, Adapter | Library]:
-    """What a recipe's outputs are, by their folders' names; one alone has none."""
+def _of_file(text: str, file: str, known: Known) -> dict[str, Adapter | Library]:
+    """What a recipe's outputs are, by their folders' names; one alone has none.
+
+    Inputs are read once for all settings: `known` keeps them.
+    """
     recipe, problems = parsed_text(text, file)
     refuse(problems, recipe.source)
-    made = run_recipe(recipe, read_inputs(recipe).values)
+    wanted = needed(recipe)
+    read = (recipe.base, *((n, folder) for n, folder in recipe.inputs.items() if n in wanted))
+    if read not in known:
+        known[read] = read_inputs(recipe).values
+    made = run_recipe(recipe, known[read])
     alone = len(recipe.outputs) == 1
     return {
         "" if alone else Path(folder).name: ready(made[step])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from compose.merging import sparse
+from compose.merging.magnitude import value_of
 from compose.merging.members import Members, joined, weighted
 from compose.merging.signs import mean_by_count, sum_by_weight
 from compose.merging.sparse import Number, Sparse
@@ -91,25 +92,30 @@ def _by_rank(density: Number, reach: Number, *, paper: bool) -> Sparse:
     refuse_faults(density=density)
     if isinstance(density, float | int) and density >= 1:
         return lambda xs, key: xs
-    _refuse_reach(density, reach)
+    if told := beyond(density, reach):
+        raise InputError(told)
+    middle = value_of(density)
 
     def drop(xs: Array, key: Array) -> Array:
         """A block with entries at zero."""
         count = xs.shape[1]
         ranks = jnp.argsort(jnp.argsort(jnp.abs(xs), axis=1), axis=1)  # 0 is the smallest's
         steps = (ranks + 1) / count if paper else ranks / max(count - 1, 1)
-        chances = density - reach + 2 * reach * steps
+        chances = middle - reach + 2 * reach * steps
         keep = jax.random.bernoulli(key, chances)
         return jnp.where(keep, xs / chances if paper else xs, 0)
 
     return drop
 
 
-def _refuse_reach(density: Number, reach: Number) -> None:
-    """Refuses chances that are known to leave 0 to 1."""
-    known = isinstance(density, float | int) and isinstance(reach, float | int)
-    if known and not 0 < density - reach <= density + reach <= 1:
-        raise InputError(
-            f"chances from {density - reach:g} to {density + reach:g} must lie between 0 and 1; "
-            f"choose another density or a smaller epsilon"
-        )
+def beyond(density: Number, reach: Number) -> str:
+    """What is known to be wrong with chances `reach` on both sides of a density, or ""."""
+    if not (isinstance(density, float | int) and isinstance(reach, float | int)):
+        return ""
+    low, high = density - reach, density + reach
+    if density >= 1 or 0 < low <= high <= 1:
+        return ""
+    return (
+        f"chances from {low:g} to {high:g} must lie between 0 and 1; choose another density or a "
+        f"smaller epsilon"
+    )

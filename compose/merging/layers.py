@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compose.merging.magnitude import Share
 from compose.merging.members import Members
 from compose.merging.truncate import truncated
 from compose.weights import Weight
@@ -32,7 +33,7 @@ def by_layer(
     `weights` are one a member, () or (*lead) each. With a `rank`, the tensor of each layer is
     brought down to it at once: (a, b, error). The `key` of a layer is folded with its number.
     """
-    fixed = {name: v for name, v in options.items() if not isinstance(v, jax.Array)}
+    fixed = {name: v for name, v in options.items() if not isinstance(v, jax.Array | Share)}
     traced = {name: v for name, v in options.items() if name not in fixed}
     return _run(
         function, rank, tuple(sorted(fixed.items())), lead, traced, key, members, fishers, weights

@@ -8,6 +8,7 @@ expects it. A sort or `top_k` of the tensor costs XLA a hundred times as much on
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 Array = jax.Array
 SAMPLE = 2**10  # entries that are sorted to begin with
@@ -16,8 +17,34 @@ SPREAD = 1.5  # standard deviations between the expected place and the pivots be
 DIGITS = 10  # bits of an integer that one pivot's count takes
 
 
-def kept(density: float | Array, size: int) -> int | Array:
-    """How many of `size` entries a density keeps, rounded down; all from a density of 1 on."""
+@struct.dataclass
+class Share:
+    """A share of a tensor's entries, traced, and how many they are: counted in full precision."""
+
+    value: Array
+    count: Array
+
+
+Density = float | Array | Share
+
+
+def share_of(density: float, size: int) -> Share:
+    """A known share of `size` entries as arrays, so that another one compiles nothing anew."""
+    return Share(jnp.float32(density), jnp.int32(kept(density, size)))
+
+
+def value_of(density: Density) -> float | Array:
+    """The share itself."""
+    return density.value if isinstance(density, Share) else density
+
+
+def kept(density: Density, size: int) -> int | Array:
+    """How many of `size` entries a density keeps, rounded down; all from a density of 1 on.
+
+    An array's product is rounded to float32, and may be one more or less than a number's.
+    """
+    if isinstance(density, Share):
+        return density.count
     if isinstance(density, float | int):
         return min(int(density * size), size)
     return jnp.clip(jnp.floor(density * size).astype(jnp.int32), 0, size)

@@ -1,7 +1,8 @@
 """One projection's modules merged, whatever their kind and in whichever space."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from compose.arithmetic import Space, delta_sum
 from compose.decompositions import ratio, wide
 from compose.library import stack
 from compose.merging.layers import by_layer
+from compose.merging.magnitude import share_of
 from compose.merging.members import Members
 from compose.merging.methods import ELEMENTWISE, LOW_RANK, MEANS, VECTOR
+from compose.option_values import STATIC
 from compose.weights import Weight, over_layers
 from lora_jax.modules import IA3, Adapter, LoRA, Module, Saved
 
@@ -67,8 +70,36 @@ def _by_layer(
     one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
     weights = [over_layers(weight, one) for weight in more.pop("weights", place.weights)]
     flat = [jnp.reshape(w, lead) if jnp.ndim(w) else w for w in weights]
-    given: dict[str, Any] = {"key": place.key, "options": place.options} | more
+    options = _traced(place.options, _size(members, lead) if function in _ENTRYWISE else None)
+    given: dict[str, Any] = {"key": place.key, "options": options} | more
     return by_layer(function, members, flat, lead, **given)
+
+
+_ENTRYWISE = set(ELEMENTWISE.values())
+
+
+def _traced(options: Mapping[str, Any], size: int | None) -> dict[str, Any]:
+    """Options whose plain numbers are arrays, so that another value compiles nothing anew.
+
+    A share of entries goes with its count among `size`; where that is not known it stays as it is,
+    as do those from 1 on, which drop nothing, and what shapes depend on.
+    """
+    found = dict(options)
+    for name, value in options.items():
+        if not isinstance(value, float) or name in STATIC:
+            continue
+        if name not in ("density", "gamma"):
+            found[name] = jnp.float32(value)
+        elif size is not None and value < 1:
+            found[name] = share_of(value, size)
+    return found
+
+
+def _size(members: Members, lead: tuple[int, ...]) -> int:
+    """How many entries a tensor of one member has at one layer."""
+    if isinstance(members, LoRA):
+        return members.a.shape[-2] * members.b.shape[-1]
+    return prod(members.shape[1 + len(lead) :])
 
 
 def _vectors(place: Place, method: str, offset: Array) -> Array:

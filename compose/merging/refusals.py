@@ -9,6 +9,7 @@ import numpy as np
 
 from compose.align import by_projection
 from compose.arithmetic import refuse_sum
+from compose.merging.della import beyond
 from compose.merging.methods import (
     ELEMENTWISE,
     INNER,
@@ -72,7 +73,12 @@ def refuse_method(method: str, options: Mapping[str, Any]) -> None:
     given = {name: value for name, value in options.items() if name in known}
     words = [n for n, v in given.items() if isinstance(v, str) and known[n].annotation is not str]
     wrong += [f"{name} is a number; got {given.pop(name)!r}" for name in words]
-    refuse_all(wrong + faults(given), "merging")
+    wrong += faults(given)
+    if not wrong and "epsilon" in known:
+        density, epsilon = (given.get(n, known[n].default) for n in ("density", "epsilon"))
+        told = beyond(density, epsilon / 2 if "della" in (method, inner) else epsilon)
+        wrong += [told] if told else []
+    refuse_all(wrong, "merging")
 
 
 def unknown_inner(inner: Any) -> str:

@@ -14,7 +14,7 @@ from compose.merging.members import Members, each, per_member, size_of, summed
 from compose.option_values import refuse_faults
 
 Array = jax.Array
-Number = float | Array
+Number = float | Array | magnitude.Share
 Sparse = Callable[..., Array]
 
 
@@ -54,7 +54,8 @@ def dropped(density: Number) -> Sparse:
     refuse_faults(density=density)
     if _whole(density):
         return lambda xs, key: xs
-    return lambda xs, key: jnp.where(_lot(key, density, xs), xs / density, 0)
+    share = magnitude.value_of(density)
+    return lambda xs, key: jnp.where(_lot(key, share, xs), xs / share, 0)
 
 
 def rescaled(members: Members, sparse: Sparse, key: Array, *, columns: bool = False) -> Sparse:
@@ -73,7 +74,7 @@ def rescaled(members: Members, sparse: Sparse, key: Array, *, columns: bool = Fa
 TINY = 1e-7  # a tensor whose magnitudes add up to less is left as it is, as in mergekit
 
 
-def _lot(key: Array, chance: Number, xs: Array) -> Array:
+def _lot(key: Array, chance: float | Array, xs: Array) -> Array:
     """Which entries of (M, *S) are drawn, each with its `chance`."""
     return jax.random.bernoulli(key, chance, xs.shape)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compose import arithmetic
-from compose.merging import members
+from compose.merging import layers, members
 from compose.merging.elementwise import ELEMENTWISE
 from compose.merging.merge import merge
 from compose.merging.methods import METHODS, SUMS, VECTOR, function_of, options_of
@@ -143,6 +143,29 @@ def test_no_model_of_dense_deltas_is_held(method, monkeypatch):
     assert "300,500]" in text or "500,300]" in text  # one layer's
     for lead in ("2", "3", "2,3", "3,2"):
         assert f"[{lead},300,500]" not in text and f"[{lead},500,300]" not in text
+
+
+def test_another_number_compiles_nothing_anew(lora, dense, far):
+    one = {UP: lora(0, rank=2, paths=(UP,))[UP]}
+    for method, option, values in (
+        ("ties", "density", (0.29, 0.57)),
+        ("breadcrumbs", "gamma", (0.1, 0.2)),
+        ("slerp", "t", (0.2, 0.7)),
+        ("della", "epsilon", (0.1, 0.3)),
+        ("svc", "alpha", (0.1, 0.5)),
+    ):
+        rest = {"density": 0.5} if method in ("breadcrumbs", "della") else {}
+        merge([one, one], method, **rest, **{option: values[0]})
+        before = layers._run._cache_size()
+        merge([one, one], method, **rest, **{option: values[1]})
+        assert layers._run._cache_size() == before
+
+
+def test_a_density_is_counted_in_full_precision(lora, dense):
+    entries = {UP: LoRA(jnp.arange(1.0, 101).reshape(1, 10, 10), jnp.eye(10)[None])}
+    for density, count in ((0.29, 28), (0.57, 56), (0.3, 30)):  # as PEFT's int(density * 100)
+        found, _ = merge([entries], "magnitude_prune", density=density)
+        assert np.count_nonzero(np.abs(dense(found)[UP]) > 0.5) == count
 
 
 def test_every_method_names_its_paper():
