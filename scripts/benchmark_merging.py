@@ -21,14 +21,15 @@ from lora_jax.files import write_json
 from scripts.timing import show
 
 Projection = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-METHODS = ("linear", "cat", "ties", "svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd")
+FACTORS = ("linear", "cat", "ties", "magnitude_prune", "dare_linear", "dare_ties")
+DELTAS = ("svd", "ties_svd", "magnitude_prune_svd", "dare_linear_svd", "dare_ties_svd")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Times merges here and in PEFT on torch, and prints the table."""
 
-    methods: tuple[str, ...] = (*METHODS, "dare_ties_svd")  # by PEFT's names
+    methods: tuple[str, ...] = (*FACTORS, *DELTAS)  # by PEFT's names
     projections: tuple[Projection, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     layers: int = 32  # of the whole model; 1 leaves it out
     rounds: int = 3  # timed merges after the first; PEFT's that take over five seconds have one
