@@ -10,7 +10,7 @@ from compose.genknowsub import project_out as projected
 from compose.genknowsub import without
 from compose.library import Library, Routing, each, join
 from compose.routing.settings import ACTIVATIONS, GATES, SPECTR, UNIFORM, routing_for
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, nearest
 from lora_jax.modules import Adapter
 
 Value = Adapter | Library
@@ -22,40 +22,55 @@ def mean(*modules: Library, space: Space) -> Adapter:
 
 
 def negate(module: Value, strength: float = 1.0, *, space: Space) -> Value:
-    """-strength times the module's delta, in either space."""
+    """-strength times the module's delta, in either space (PEM, arXiv 2306.14870)."""
     return each(lambda m: arithmetic.negate(m, strength), module)
 
 
 def analogy(task: Value, target: Value, source: Value, weight: float, *, space: Space) -> Value:
-    """weight·task + (1 - weight)·(target - source)."""
+    """weight·task + (1 - weight)·(target - source), PEM's domain transfer (arXiv 2306.14870)."""
     return each(
         lambda x, y, z: arithmetic.analogy(x, y, z, weight, space=space), task, target, source
     )
 
 
 def detox(instructed: Value, toxic: Value, strength: float, *, space: Space) -> Value:
-    """instructed + strength·(instructed - toxic), as PEM does it for Alpaca-LoRA."""
+    """instructed + strength·(instructed - toxic), PEM's for Alpaca-LoRA (arXiv 2306.14870)."""
     return each(lambda x, y: arithmetic.detox(x, y, strength, space=space), instructed, toxic)
 
 
 def gks(task: Value, general: Value, strength: float = 1.0, *, space: Space) -> Value:
-    """The task module less strength times the general one, as GenKnowSub does it."""
+    """The task module less strength times the general one: GenKnowSub (arXiv 2505.10939)."""
     return each(lambda x, y: without(x, y, strength=strength, space=space), task, general)
 
 
 def project_out(task: Value, general: Value, strength: float = 1.0, *, space: Space) -> Value:
-    """The task module less strength times its projection on what the general one spans."""
+    """The task module less strength times its projection on what the general one spans.
+
+    It is in GenKnowSub's code, and not the paper's own method (arXiv 2505.10939).
+    """
     return each(lambda x, y: projected(x, y, strength=strength, space=space), task, general)
 
 
 def centred(*modules: Library, strength: float = 1.0, space: Space) -> Library:
-    """The modules as one library, each less strength times their mean, as by gks."""
+    """The modules as one library, each less strength times their mean, as by gks.
+
+    It is the mean normalisation that GenKnowSub compares itself with (arXiv 2505.10939).
+    """
     return without_mean(join(modules), strength=strength, space=space)
 
 
 def library(*modules: Library, space: Space) -> Library:
     """The modules as one library."""
     return join(modules)
+
+
+def member(library: Library, *, name: str, space: Space) -> Adapter:
+    """The module of this name out of a library: what an oracle that knows the task routes to."""
+    if not isinstance(library, Library):
+        raise InputError("member takes a library; this is one module, so leave member() out")
+    if name not in library.names:
+        raise InputError(f"no module {name!r} in this library; {nearest(name, library.names)}")
+    return library.adapters[library.names.index(name)]
 
 
 def arrow(
@@ -68,7 +83,7 @@ def arrow(
     weighting: str = "softmax",
     space: Space,
 ) -> Library:
-    """The modules as one library that is routed by Arrow when it is used."""
+    """The modules as one library that is routed by Arrow (arXiv 2405.11157) when it is used."""
     usual = Routing(
         temperature=temperature,
         mixing=mixing,
@@ -88,7 +103,10 @@ def spectr(
     temperature: float | str = 1.0,
     space: Space,
 ) -> Library:
-    """The modules as one library that is routed by SpectR, as its paper or its code scores."""
+    """The modules as one library that is routed by SpectR, as its paper or its code scores.
+
+    The paper is arXiv 2504.03454.
+    """
     known = {"paper": "spectr", "code": "spectr-code"}
     if score not in known:
         raise InputError(f"unknown score {score!r}; choose {' or '.join(known)}")
@@ -103,7 +121,7 @@ def gates(
     mixing: str = "outputs",
     space: Space,
 ) -> Library:
-    """The modules as one library that is routed by their trained gates (PHATGOOSE)."""
+    """The modules as one library routed by their trained gates: PHATGOOSE (arXiv 2402.05859)."""
     return _routed(modules, replace(GATES, temperature=temperature, mixing=mixing), top_k)
 
 
@@ -114,7 +132,10 @@ def activations(
     mixing: str = "outputs",
     space: Space,
 ) -> Library:
-    """The modules as one library that is routed by the mean input of each on its own data."""
+    """The modules as one library that is routed by the mean input of each on its own data.
+
+    It is a baseline in MTTL, Arrow's code (arXiv 2405.11157).
+    """
     return _routed(modules, replace(ACTIVATIONS, temperature=temperature, mixing=mixing), top_k)
 
 
@@ -153,6 +174,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "project_out": project_out,
     "centred": centred,
     "library": library,
+    "member": member,
     "arrow": arrow,
     "spectr": spectr,
     "gates": gates,

@@ -219,7 +219,9 @@ def _plain_argument(parameter: inspect.Parameter, given: Any, scope: Scope) -> A
         return tuple(_members(node, scope) for node in given)
     if parameter.annotation is str:
         if isinstance(given, Tree):
-            raise scope.error(given, f"{parameter.name} is a word, such as {parameter.default}")
+            usual = parameter.default
+            such = "" if usual is parameter.empty else f", such as {usual}"
+            raise scope.error(given, f"{parameter.name} is a word{such}")
         return str(given)
     if parameter.annotation == List:
         return tuple(_number(node, scope) for node in _listed(given, scope, "[0.3, 0.7]"))

@@ -67,16 +67,37 @@ def _vectors(libraries: Sequence[Library], router: str) -> Iterator[Vectors]:
 
 
 def each(function: Callable[..., Adapter], *values: Adapter | Library) -> Adapter | Library:
-    """`function` of adapters; where one value is a library, of each of its modules in turn."""
+    """`function` of adapters; where values are libraries, of each of their modules in turn.
+
+    Several libraries are taken member by member, and so their names must agree; what else the
+    result has, such as its routing, is the first one's.
+    """
     libraries = [value for value in values if isinstance(value, Library)]
     if not libraries:
         return function(*values)
-    if len(libraries) > 1:
-        raise InputError(
-            "two libraries cannot be combined; take the mean() of one, or the library() of both"
-        )
-    return libraries[0].map(
-        lambda member: function(*(member if isinstance(v, Library) else v for v in values))
+    first, *others = libraries
+    for other in others:
+        _refuse_other_names(first.names, other.names)
+
+    def of(number: int) -> Adapter:
+        """`function` of the members of this number, and of the values that are no library."""
+        return function(*(v.adapters[number] if isinstance(v, Library) else v for v in values))
+
+    return replace(first, adapters=tuple(map(of, range(len(first.names)))))
+
+
+def _refuse_other_names(first: tuple[str, ...], other: tuple[str, ...]) -> None:
+    """Refuses two libraries whose members are not called the same, in the same order."""
+    if first == other:
+        return
+    alone = [name for name in first if name not in other], [n for n in other if n not in first]
+    mine, others = (", ".join(names) or "none" for names in alone)
+    differ = f"one alone has {mine}, the other {others}"
+    if not any(alone):
+        differ = f"they are {', '.join(first)} in one and {', '.join(other)} in the other"
+    raise InputError(
+        f"two libraries are combined member by member, and their names must agree: {differ}; "
+        f"take member() or mean() of one, or the library() of both"
     )
 
 

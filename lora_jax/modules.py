@@ -61,7 +61,8 @@ class Experts:
 
     Scales are folded into `b`. `mixing` is "outputs" (PEFT: mix the experts' outputs) or "factors"
     (MTTL and the GenKnowSub code: mix `a` and `b`, then multiply). Just one of `prototypes`,
-    `spectrum` and `shares` is there; `lora_jax.routing` says how each routes.
+    `spectrum` and `shares` is there; `lora_jax.routing` says how each routes. Shares whose
+    `weighting` is "uniform" are 1/M because there are M experts; all others were given.
     """
 
     a: jax.Array  # (..., M, I, R)

@@ -110,9 +110,10 @@ def _activations(
 
 
 def _uniform(table: Factors, routing: Routing, _: Sequence[Vectors]) -> dict[str, Experts]:
-    """Every module at 1/M."""
+    """Every module at 1/M; `weighting` says that nobody gave these shares."""
     count = next(iter(table.values()))[0].shape[-3] if table else 0
-    return given(table, jnp.full((count,), 1 / max(count, 1)), routing.mixing, count)
+    even = given(table, jnp.full((count,), 1 / max(count, 1)), routing.mixing, count)
+    return {path: replace(held, weighting="uniform") for path, held in even.items()}
 
 
 _BUILDERS: dict[str, Callable[[Factors, Routing, Sequence[Vectors]], dict[str, Experts]]] = {

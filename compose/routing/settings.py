@@ -8,13 +8,20 @@ from compose.option_values import ROOT, faults
 from lora_jax.errors import InputError, refuse_all
 from lora_jax.modules import LoRA, Module
 
-ROUTERS = ("arrow", "spectr", "spectr-code", "gates", "activations", "uniform")
-
 # Each paper's settings, where they are not Arrow's: those of `Routing`.
 SPECTR = Routing(top_k=4, mixing="factors", router="spectr", weighting="uniform")
 GATES = Routing(top_k=2, temperature=ROOT, router="gates", inputs="standard")
 ACTIVATIONS = Routing(top_k=sys.maxsize, temperature=ROOT, router="activations")
 UNIFORM = Routing(top_k=1, router="uniform")
+USUAL = {
+    "arrow": Routing(),
+    "spectr": SPECTR,
+    "spectr-code": replace(SPECTR, router="spectr-code"),
+    "gates": GATES,
+    "activations": ACTIVATIONS,
+    "uniform": UNIFORM,
+}
+ROUTERS = tuple(USUAL)
 
 
 def refuse_routing(routing: Routing, count: int) -> None:

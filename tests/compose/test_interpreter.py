@@ -41,7 +41,7 @@ def inputs(lora, ia3):
         ("gks(a, b, strength=-1e999)", 21, "1e999 is too large a number"),
         ("arrow(lib, mixing=-2)", 19, "mixing is a word, such as outputs"),
         ("arrow(lib, top_k=1, mixing=both)", 28, "unknown mixing 'both'"),
-        ("lib + lib", 1, "two libraries cannot be combined"),
+        ("lib + library(a, b)", 1, "must agree: one alone has x, y, the other a, b"),
         ("2*(a - scaled)", 4, "cannot combine IA3"),
         ("mean()", 1, "average of no modules"),
     ],

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compose.library import Library, each, join, stack, unstack
+from compose.library import Library, Routing, each, join, stack, unstack
 from lora_jax.errors import InputError
 from lora_jax.modules import DoRA, Experts
 
@@ -70,8 +70,30 @@ def test_functions_reach_every_member_of_one_library(lora):
     found = each(lambda m, n: {**m, "n": n}, library, 7)
     assert [member["n"] for member in found.adapters] == [7, 7]
     assert each(lambda m: m, lora()).keys() == lora().keys()
-    with pytest.raises(InputError, match="two libraries"):
-        each(lambda m, n: m, library, library)
+
+
+def test_libraries_of_the_same_names_are_combined_member_by_member(lora):
+    x = Library(("x", "y"), (lora(0), lora(1)), Routing(1), {"gates": ({UP: 1}, {UP: 2})})
+    other = Library(("x", "y"), (lora(2), lora(3)), Routing(2))
+    found = each(lambda m, n, k: {"m": m, "n": n, "k": k}, x, other, 7)
+    assert found.names == x.names and (found.routing, found.vectors) == (x.routing, x.vectors)
+    for n, member in enumerate(found.adapters):
+        assert member == {"m": x.adapters[n], "n": other.adapters[n], "k": 7}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("x", "z"), "one alone has y, the other z"),
+        (("x",), "one alone has y, the other none"),
+        (("y", "x"), "they are x, y in one and y, x in the other"),
+    ],
+)
+def test_libraries_of_other_names_are_refused_with_the_names_that_differ(lora, names, words):
+    library = Library(("x", "y"), (lora(0), lora(1)))
+    other = Library(names, tuple(map(lora, range(len(names)))))
+    with pytest.raises(InputError, match=rf"must agree: {words}; take member\(\) or mean\(\)"):
+        each(lambda m, n: m, library, other)
 
 
 def test_a_library_is_a_pytree_that_keeps_its_order(lora):

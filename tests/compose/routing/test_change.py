@@ -9,9 +9,10 @@ from compose.library import Library, Routing
 from compose.routing import directions
 from compose.routing.build import route
 from compose.routing.change import with_expert, without_expert
-from compose.routing.given import oracle
-from compose.routing.settings import ACTIVATIONS, GATES, SPECTR, UNIFORM
+from compose.routing.given import oracle, with_weights
+from compose.routing.settings import ACTIVATIONS, GATES, SPECTR, UNIFORM, routing_for
 from lora_jax.errors import InputError
+from lora_jax.routing import routed
 
 Q, LAST = "self_attn.q_proj", "self_attn.o_proj"
 ROUTINGS = {
@@ -23,6 +24,15 @@ ROUTINGS = {
     "activations": replace(ACTIVATIONS, top_k=2),
     "uniform": UNIFORM,
 }
+USUAL = {
+    "arrow": Routing(),
+    "shared": Routing(prototypes="shared", inputs="centred"),
+    "spectr": SPECTR,
+    "spectr-code": replace(SPECTR, router="spectr-code"),
+    "gates": GATES,
+    "activations": ACTIVATIONS,
+    "uniform": UNIFORM,
+}
 LEAVES = {"a": -3, "b": -3, "prototypes": -2, "spectrum": -2}
 
 
@@ -31,6 +41,12 @@ def part(library, *numbers):
     vectors = {r: tuple(held[n] for n in numbers) for r, held in library.vectors.items()}
     names, adapters = (tuple(x[n] for n in numbers) for x in (library.names, library.adapters))
     return Library(names, adapters, vectors=vectors)
+
+
+def anew(library, name, *numbers):
+    """The members of these numbers routed by a router's usual settings."""
+    held = part(library, *numbers)
+    return route(held, routing_for(held, USUAL[name], None))
 
 
 def assert_same(found, want):
@@ -91,6 +107,93 @@ def test_taking_one_out_of_the_middle(library):
     assert_same(found, route(part(library, 0, 2, 3, 4), Routing(top_k=4)))
     even = without_expert(route(library, UNIFORM), 1)
     assert_same(even, route(part(library, 0, 2, 3, 4), UNIFORM))
+
+
+@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_by_its_usual_settings_it_is_the_whole_library_routed_anew(library, name, count):
+    before, numbers = part(library, *range(count)), range(count + 1)
+    vectors = library.vectors[name][count] if name in library.vectors else None
+    held = routing_for(before, USUAL[name], None)
+    for routing in (held, USUAL[name]):
+        after = with_expert(route(before, held), library.adapters[count], routing, vectors)
+        assert_same(after, anew(library, name, *numbers))
+
+
+def test_a_library_may_grow_one_by_one(library):
+    for name in ("arrow", "activations"):
+        routed = anew(library, name, 0)
+        for n in (1, 2, 3, 4):
+            vectors = library.vectors["activations"][n]
+            routed = with_expert(routed, library.adapters[n], USUAL[name], vectors)
+        assert_same(routed, anew(library, name, *range(5)))
+
+
+def test_how_many_are_taken_may_be_said(library):
+    before, routing = route(part(library, 0, 1), Routing(top_k=2)), Routing(top_k=2)
+    for top_k in (1, 2, 3):
+        after = with_expert(before, library.adapters[2], routing, top_k=top_k)
+        assert_same(after, route(part(library, 0, 1, 2), Routing(top_k=top_k)))
+    for top_k in (0, 4):
+        with pytest.raises(InputError, match=rf"top_k .* between 1 and .* 3 modules; got {top_k}"):
+            with_expert(before, library.adapters[2], routing, top_k=top_k)
+    even = route(part(library, 0, 1), UNIFORM)
+    with pytest.raises(InputError, match="uniform takes all modules; leave top_k out"):
+        with_expert(even, library.adapters[2], UNIFORM, top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"top_k": 2}, "top_k is 1 .* 2 in the routing"),
+        ({"temperature": 0.5}, "temperature is 1.0 .* 0.5 in the routing"),
+        ({"mixing": "factors"}, "mixing is outputs .* factors in the routing"),
+        ({"weighting": "uniform"}, "weighting is softmax .* uniform in the routing"),
+        ({"inputs": "unit"}, "inputs is raw .* unit in the routing"),
+        ({"inputs": "centred"}, "inputs or prototypes are others"),
+        ({"prototypes": "shared"}, "inputs or prototypes are others"),
+        ({"temperature": 2, "mixing": "factors"}, "temperature is .*; mixing is"),
+        ({"router": "gates"}, "not routed by gates"),
+        ({"router": "nearest"}, "unknown router 'nearest'"),
+        ({"top_k": 0}, "top_k .* got 0"),
+    ],
+)
+def test_settings_that_are_not_the_librarys_are_refused_by_name(library, given, words):
+    routed, routing = route(part(library, 0, 1, 2), Routing(top_k=1)), Routing(top_k=1)
+    with pytest.raises(InputError, match=words):
+        with_expert(routed, library.adapters[3], replace(routing, **given))
+
+
+@pytest.mark.parametrize("name", ["gates", "activations"])
+def test_a_module_without_its_own_vectors_is_refused(library, name):
+    routed, held = anew(library, name, 0, 1), library.vectors[name][2]
+    for vectors in (None, {path: row for path, row in held.items() if path != Q}):
+        with pytest.raises(InputError, match=rf"{name} needs the new module's vectors at .*q_proj"):
+            with_expert(routed, library.adapters[2], USUAL[name], vectors)
+
+
+def test_weights_that_were_given_are_never_evened(library):
+    weights = jnp.array([0.5, 0.3, 0.1, 0.1, 0.0])
+    for held in (
+        with_weights(library, weights),
+        with_weights(library, jnp.full(5, 0.2)),
+        with_weights(library, weights[None]),
+        oracle(part(library, 0), "v"),
+    ):
+        with pytest.raises(InputError, match=r"have given weights; .*with_weights"):
+            without_expert(held, 0)
+        with pytest.raises(InputError, match=r"have given weights; .*with_weights"):
+            with_expert(held, library.adapters[3], UNIFORM)
+
+
+def test_even_shares_stay_even_and_route_as_given_ones(library):
+    even = route(library, UNIFORM)
+    given = with_weights(library, jnp.full(5, 0.2))
+    x = jax.random.normal(jax.random.key(3), (4, 32))
+    first = [jax.tree.map(lambda leaf: leaf[0], held[Q]) for held in (even, given)]
+    np.testing.assert_array_equal(*(routed(x, held) for held in first))
+    three = without_expert(without_expert(even, 4), 0)
+    assert_same(three, route(part(library, 1, 2, 3), UNIFORM))
 
 
 def test_what_does_not_fit_is_refused(library, ia3):
