@@ -21,7 +21,8 @@ class Command:
 
     Numbers, names, + - * / and brackets; mean(a, b, ...), negate(a, strength),
     analogy(task, target, source, weight), detox(instructed, toxic, strength),
-    gks(task, general, strength), library(a, b, ...), arrow(a, b, ..., top_k=3, temperature=1,
+    gks(task, general, strength), library(a, b, ...), member(lib, name=a),
+    arrow(a, b, ..., top_k=3, temperature=1,
     mixing=outputs), spectr(a, b, ...), uniform(a, b, ...) and more (docs/routing.md);
     svd(a, b, ..., weights=[1, 0.5], rank=16), ties(a, b, ..., density=0.2) and more
     (docs/merging.md). A library counts as its members.

@@ -18,7 +18,8 @@ def svd(x: Array) -> Triplets:
     finite. Of equal singular values the derivatives leave out how their vectors turn into each
     other.
     """
-    return tuple(jnp.linalg.svd(x, full_matrices=False))
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return u, s, vt
 
 
 @svd.defjvp

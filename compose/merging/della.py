@@ -12,7 +12,7 @@ from compose.merging import sparse
 from compose.merging.magnitude import value_of
 from compose.merging.members import Members, joined, weighted
 from compose.merging.signs import mean_by_count, sum_by_weight
-from compose.merging.sparse import Number, Sparse
+from compose.merging.sparse import Density, Number, Sparse
 from compose.option_values import refuse_faults
 from lora_jax.errors import InputError
 
@@ -24,7 +24,7 @@ def della(
     weights: Array,
     *,
     key: Array,
-    density: Number = 1.0,
+    density: Density = 1.0,
     epsilon: Number = 0.1,
     majority: str = "total",
 ) -> Array:
@@ -46,7 +46,7 @@ def della_mergekit(
     weights: Array,
     *,
     key: Array,
-    density: Number = 1.0,
+    density: Density = 1.0,
     epsilon: Number = 0.15,
     majority: str = "total",
 ) -> Array:
@@ -69,7 +69,7 @@ def della_linear_mergekit(
     weights: Array,
     *,
     key: Array,
-    density: Number = 1.0,
+    density: Density = 1.0,
     epsilon: Number = 0.15,
 ) -> Array:
     """The weighted sum of the same entries (DELLA, 2406.11617; mergekit), with no election."""
@@ -82,12 +82,12 @@ def della_linear_mergekit(
     return joined(formula, members, key=key, columns=True)
 
 
-def _rescaled(members: Members, density: Number, epsilon: Number, key: Array) -> Sparse:
+def _rescaled(members: Members, density: Density, epsilon: Number, key: Array) -> Sparse:
     """mergekit's drop: by rank, then to the sum of magnitudes that was."""
     return sparse.rescaled(members, _by_rank(density, epsilon, paper=False), key, columns=True)
 
 
-def _by_rank(density: Number, reach: Number, *, paper: bool) -> Sparse:
+def _by_rank(density: Density, reach: Number, *, paper: bool) -> Sparse:
     """Entries (M, I, ...) kept by chances within `reach` of the density; over them in the paper."""
     refuse_faults(density=density)
     if isinstance(density, float | int) and density >= 1:
@@ -108,7 +108,7 @@ def _by_rank(density: Number, reach: Number, *, paper: bool) -> Sparse:
     return drop
 
 
-def beyond(density: Number, reach: Number) -> str:
+def beyond(density: Density, reach: Number) -> str:
     """What is known to be wrong with chances `reach` on both sides of a density, or ""."""
     if not (isinstance(density, float | int) and isinstance(reach, float | int)):
         return ""

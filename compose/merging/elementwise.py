@@ -17,7 +17,7 @@ from compose.merging.della import della, della_linear_mergekit, della_mergekit
 from compose.merging.members import Members, joined, weighted
 from compose.merging.signs import mean_by_count, sum_by_weight
 from compose.merging.slerp import slerp
-from compose.merging.sparse import Number
+from compose.merging.sparse import Density
 from compose.merging.unlearning import negmerge
 from compose.merging.wudi import wudi_adam
 
@@ -32,7 +32,7 @@ def linear(members: Members, weights: Array) -> Array:
     return joined(lambda xs: weighted(xs, weights), members)
 
 
-def magnitude_prune(members: Members, weights: Array, *, density: Number = 1.0) -> Array:
+def magnitude_prune(members: Members, weights: Array, *, density: Density = 1.0) -> Array:
     """The weighted sum of each module's largest entries, a `density` of them (PEFT).
 
     The trim of TIES (2306.01708, section 4) without its election.
@@ -42,7 +42,7 @@ def magnitude_prune(members: Members, weights: Array, *, density: Number = 1.0) 
 
 
 def ties(
-    members: Members, weights: Array, *, density: Number = 1.0, majority: str = "total"
+    members: Members, weights: Array, *, density: Density = 1.0, majority: str = "total"
 ) -> Array:
     """TIES as PEFT has it: trim, elect a sign on the trimmed modules, average those that agree.
 
@@ -55,14 +55,14 @@ def ties(
 
 
 def ties_mergekit(
-    members: Members, weights: Array, *, density: Number = 1.0, majority: str = "total"
+    members: Members, weights: Array, *, density: Density = 1.0, majority: str = "total"
 ) -> Array:
     """TIES (2306.01708) as mergekit has it: weighted modules vote, and agreeing weights divide."""
     trim = sparse.trimmed(members, density)
     return joined(lambda xs: sum_by_weight(trim(xs), weights, majority, normalize=True), members)
 
 
-def dare_linear(members: Members, weights: Array, *, key: Array, density: Number = 1.0) -> Array:
+def dare_linear(members: Members, weights: Array, *, key: Array, density: Density = 1.0) -> Array:
     """DARE: entries are kept by lot and divided by the chance, `density`, of it; weighted sum.
 
     Yu et al., "Language Models are Super Mario" (2311.03099), equation 2; density is 1 - p.
@@ -76,7 +76,7 @@ def dare_ties(
     weights: Array,
     *,
     key: Array,
-    density: Number = 1.0,
+    density: Density = 1.0,
     majority: str = "total",
 ) -> Array:
     """DARE's entries (2311.03099), merged by the signs as in `ties` (2306.01708; PEFT)."""
@@ -85,7 +85,7 @@ def dare_ties(
 
 
 def dare_linear_mergekit(
-    members: Members, weights: Array, *, key: Array, density: Number = 1.0
+    members: Members, weights: Array, *, key: Array, density: Density = 1.0
 ) -> Array:
     """DARE (2311.03099) as mergekit has it: rescaled to each module's sum of magnitudes."""
     drop = sparse.rescaled(members, sparse.dropped(density), key)
@@ -97,7 +97,7 @@ def dare_ties_mergekit(
     weights: Array,
     *,
     key: Array,
-    density: Number = 1.0,
+    density: Density = 1.0,
     majority: str = "total",
 ) -> Array:
     """The same (2311.03099), of entries whose sign the weighted modules elect; no division."""
@@ -111,7 +111,7 @@ def dare_ties_mergekit(
 
 
 def breadcrumbs(
-    members: Members, weights: Array, *, density: Number = 1.0, gamma: Number = 0.01
+    members: Members, weights: Array, *, density: Density = 1.0, gamma: Density = 0.01
 ) -> Array:
     """Model Breadcrumbs: the weighted sum of entries neither large (`gamma` of them) nor small.
 
@@ -126,8 +126,8 @@ def breadcrumbs_ties(
     members: Members,
     weights: Array,
     *,
-    density: Number = 1.0,
-    gamma: Number = 0.01,
+    density: Density = 1.0,
+    gamma: Density = 0.01,
     majority: str = "total",
 ) -> Array:
     """The same (2312.06795), of entries whose sign the weighted modules elect; not divided.

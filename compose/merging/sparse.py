@@ -14,11 +14,12 @@ from compose.merging.members import Members, each, per_member, size_of, summed
 from compose.option_values import refuse_faults
 
 Array = jax.Array
-Number = float | Array | magnitude.Share
+Number = float | Array
+Density = magnitude.Density
 Sparse = Callable[..., Array]
 
 
-def trimmed(members: Members, density: Number) -> Sparse:
+def trimmed(members: Members, density: Density) -> Sparse:
     """Each tensor's largest entries, a `density` of them, by magnitude; ties are kept."""
     refuse_faults(density=density)
     if _whole(density):
@@ -28,7 +29,7 @@ def trimmed(members: Members, density: Number) -> Sparse:
     return lambda xs: jnp.where(_reach(xs, floors), xs, 0)
 
 
-def without_outliers(members: Members, density: Number, gamma: Number) -> Sparse:
+def without_outliers(members: Members, density: Density, gamma: Density) -> Sparse:
     """Each tensor's middling entries: neither the `gamma` largest nor the smallest.
 
     A `density` of entries is left; where both cannot be had, fewer of the largest are dropped.
@@ -49,7 +50,7 @@ def _reach(xs: Array, floors: Array) -> Array:
     return jnp.abs(xs).astype(jnp.float32) >= per_member(floors, xs)
 
 
-def dropped(density: Number) -> Sparse:
+def dropped(density: Density) -> Sparse:
     """Entries kept with probability `density`, by lot, and divided by it."""
     refuse_faults(density=density)
     if _whole(density):
@@ -79,6 +80,6 @@ def _lot(key: Array, chance: float | Array, xs: Array) -> Array:
     return jax.random.bernoulli(key, chance, xs.shape)
 
 
-def _whole(density: Number) -> bool:
+def _whole(density: Density) -> bool:
     """Whether it is known that nothing is dropped."""
     return isinstance(density, float | int) and density >= 1

@@ -101,7 +101,7 @@ def _options(recipe: Recipe, key: Key, step: Method) -> Iterator[Problem]:
             message = f"{step.name} has no option {name!r}; {nearest(name, [*known, *more])}"
             yield problem(recipe.source, (*key, name), message, on_key=True)
         elif name == FISHERS:
-            yield from _used(recipe, key[1], (*key, name), value)
+            yield from _used(recipe, str(key[1]), (*key, name), value)
         elif wanted := misfit(known[name], value):
             quoted = "; leave its quotes out" * (isinstance(value, str) and _is_number(value))
             yield problem(recipe.source, (*key, name), f"{wanted} is wanted; got {value!r}{quoted}")
