@@ -121,10 +121,11 @@ def draw(costs: Mapping[str, list[dict[str, float]]], sides: list[str], path: Pa
             places = [row + (n - (len(sides) - 1) / 2) * thick for row in range(len(costs))]
             values = [found[n][key] / unit for found in costs.values()]
             bars = axes.barh(places, values, thick, label=side)
-            axes.bar_label(bars, [f"{value:.2g}" for value in values], padding=2, fontsize=7)
+            told = [f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in values]
+            axes.bar_label(bars, told, padding=2, fontsize=7)
         axes.set_yticks(range(len(costs)), list(costs))
         axes.set(xscale="log", xlabel=label)
-        axes.margins(x=0.12)
+        axes.margins(x=0.15)
         axes.invert_yaxis()
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(sides))
