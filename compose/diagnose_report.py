@@ -1,40 +1,61 @@
-"""A diagnosis as a table, in words, as JSON and as a figure."""
+"""A diagnosis as tables and as JSON."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from compose.diagnose import Diagnosis
+from compose.diagnose import Diagnosis, Routed, balance, by_layer, prototype_pairs
+from compose.diagnose_words import words
 
 FILE = "diagnosis.json"
-FIGURE = "diagnosis.png"
+MANY = 28  # pairs that still fit on a screen: those of eight modules
 
 
 def as_json(found: Diagnosis) -> dict[str, Any]:
     """The diagnosis as JSON values, with its words."""
-    return {**asdict(found), "cosines": found.cosines.tolist(), "words": words(found)}
+    pairs = {name: [asdict(pair) for pair in rows] for name, rows in prototype_pairs(found).items()}
+    return _plain(asdict(found) | {"prototype_pairs": pairs, "words": words(found)})
 
 
-def table(found: Diagnosis) -> Table:
-    """A row for every input and every result."""
-    shown = Table(title=f"{found.expression}, in {found.space} space")
+def _plain(value: Any) -> Any:
+    """A value whose arrays are lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return np.asarray(value).tolist() if hasattr(value, "dtype") else value
+
+
+def tables(found: Diagnosis) -> list[Table]:
+    """Tables of all modules, of pairs of prototypes, and of each routed result's layers."""
+    pairs = _pairs(found)
+    return [
+        modules(found),
+        *([pairs] if 0 < pairs.row_count <= MANY else []),
+        *(_layers(name, routed) for name, routed in found.routing.items()),
+    ]
+
+
+def modules(found: Diagnosis) -> Table:
+    """A row for every input's module and every result's."""
+    spaces = " and ".join(sorted({result.space for result in found.results.values()}))
+    shown = Table(title=f"{found.composition}, in {spaces} space")
     shown.add_column("module", overflow="fold")
     for column in ("norm", "effective rank", "first draw in a"):
         shown.add_column(column, justify="right")
     for column in ("interaction", "gap between the spaces"):
         shown.add_column(column, justify="right")
-    for name, length in found.norms.items():
-        if found.results and name == found.results[0]:
+    for name, labels in found.modules.items():
+        if name in found.results:
             shown.add_section()
-        shown.add_row(
-            name,
-            f"{length:.4g}",
-            f"{found.effective_ranks[name]:.2f}",
-            *(_share(part.get(name)) for part in (found.initial, found.interaction, found.gap)),
-        )
+        for label in labels:
+            shares = (found.initial, found.interaction, found.gap)
+            shown.add_row(
+                label,
+                f"{found.norms[label]:.4g}",
+                f"{found.effective_ranks[label]:.2f}",
+                *(_share(part.get(label)) for part in shares),
+            )
     return shown
 
 
@@ -42,85 +63,25 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def words(found: Diagnosis) -> list[str]:
-    """What the numbers say, a sentence each."""
-    told = []
-    for name in found.results:
-        told.append(_size(found, name))
-        told += _likeness(found, name)
-        if (share := found.interaction[name]) > 0.01:
-            told.append(f"{share:.0%} of {name} comes of no input alone: {_why(found)}.")
-        if (gap := found.gap.get(name, 0.0)) > 0.01:
-            told.append(
-                f"In the other space it would differ by {gap:.0%} of the exact result's size."
-            )
-    return told + _first_draws(found) + _prototypes(found)
+def _pairs(found: Diagnosis) -> Table:
+    """A row for every two modules of a library: how alike their prototypes are."""
+    shown = Table("|cosine| of prototypes", "before", "after")
+    for pairs in prototype_pairs(found).values() if found.prototypes.any() else []:
+        shown.add_section()
+        for pair in pairs:
+            values = ("" if v is None else f"{v:.3f}" for v in (pair.before, pair.after))
+            shown.add_row(", ".join(pair.modules), *values)
+    return shown
 
 
-def _size(found: Diagnosis, name: str) -> str:
-    """How large a result is next to the largest input."""
-    inputs = {n: size for n, size in found.norms.items() if n not in found.results}
-    largest = max(inputs, key=lambda n: inputs[n])
-    if not inputs[largest]:
-        return f"{name} has norm {found.norms[name]:.3g}; every input adds nothing."
-    times = found.norms[name] / inputs[largest]
-    return f"{name} is {times:.2f} times as large as {largest}, the largest input."
+def _layers(name: str, routed: Routed) -> Table:
+    """A row for every layer: the entropy of a token's weights, its share, and that of their mean.
 
-
-def _likeness(found: Diagnosis, name: str) -> list[str]:
-    """Which input a result is most like."""
-    order = list(found.norms)
-    inputs = [n for n in order if n not in found.results]
-    row = found.cosines[order.index(name)]
-    best = max(inputs, key=lambda n: abs(row[order.index(n)]))
-    return [f"It is most like {best}, at a cosine of {row[order.index(best)]:+.2f}."]
-
-
-def _why(found: Diagnosis) -> str:
-    if found.space == "factor":
-        return "cross terms, each module's a with another's b, which delta space does not have"
-    return "the method weighs modules against each other, entry by entry or direction by direction"
-
-
-def _first_draws(found: Diagnosis) -> list[str]:
-    """What composition did to the share of the a's that is their initialisation."""
-    before = [share for name, share in found.initial.items() if name not in found.results]
-    after = [share for name, share in found.initial.items() if name in found.results]
-    if not before or not after:
-        return []
-    was, is_now = float(np.mean(before)), float(np.mean(after))
-    text = f"Of the inputs' a's {was:.0%} is their first draw; of the results' {is_now:.0%}."
-    if was - is_now > 0.2:
-        text += " Taking that away is not taking knowledge away: compare with untrained()."
-    return [text]
-
-
-def _prototypes(found: Diagnosis) -> list[str]:
-    """How well Arrow can tell a library's modules apart, before and after."""
-    before = [value for name, value in found.prototypes.items() if name != "result"]
-    if not before or "result" not in found.prototypes:
-        return []
-    now = found.prototypes["result"]
-    return [
-        f"The modules' prototypes have a mean cosine of {now:.2f}, against {before[0]:.2f} before."
-    ]
-
-
-def draw(found: Diagnosis, path: Path) -> None:
-    """Writes norms and cosines as a PNG."""
-    from matplotlib.figure import Figure  # its import takes half a second
-
-    names, count = list(found.norms), len(found.norms)
-    side = 2.5 + 0.35 * count
-    figure = Figure(figsize=(2 * side, side), layout="constrained")
-    bars, heat = figure.subplots(1, 2)
-    colours = ["tab:orange" if name in found.results else "tab:blue" for name in names]
-    bars.barh(names, list(found.norms.values()), color=colours)
-    bars.invert_yaxis()
-    bars.set(title="norm of what each adds (results in orange)")
-    image = heat.imshow(found.cosines, cmap="RdBu_r", vmin=-1, vmax=1)
-    heat.set_xticks(range(count), names, rotation=45, ha="right")
-    heat.set_yticks(range(count), names)
-    heat.set(title="cosine")
-    figure.colorbar(image, ax=heat)
-    figure.savefig(path, dpi=120)
+    The share is of the largest entropy that weights of so many modules can have.
+    """
+    bound = np.log(routed.top_k) or 1.0
+    shown = Table("layer", "routing entropy (nats)", "of its largest", "of the mean weights")
+    shown.title = f"routing of {name}"
+    for layer, (entropy, mean) in enumerate(zip(by_layer(routed), balance(routed), strict=True)):
+        shown.add_row(str(layer), f"{entropy:.3f}", f"{entropy / bound:.1%}", f"{mean:.3f}")
+    return shown

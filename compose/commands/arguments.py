@@ -86,13 +86,17 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Diagnose:
-    """What a composition does to its modules: sizes, cosines, cross terms, first draws, ranks."""
+    """What a composition does to its modules: sizes, cosines, cross terms, first draws, ranks.
+
+    Of an expression, or of all that a recipe's outputs hold.
+    """
 
     expression: Expression
-    """What is composed, as lora-compose takes it."""
+    """What is composed, as lora-compose takes it; or a recipe's file, ending in .yaml or .yml."""
 
     inputs: Inputs
-    """For every name in the expression: an adapter's folder or a library's, or hf://USER/REPO."""
+    """For every name in the expression: an adapter's folder or a library's, or hf://USER/REPO.
+    With a recipe: other folders for its inputs."""
 
     space: Literal["delta", "factor"] = "delta"
     """Add what the modules do, exactly; or add their tensors one by one, as the papers do."""
@@ -104,7 +108,7 @@ class Diagnose:
     """The base model; by default the one that the inputs name."""
 
     out: Path | None = None
-    """A folder for diagnosis.json and diagnosis.png."""
+    """A folder for diagnosis.json and diagnosis.png; a recipe's outputs are left as they are."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""

@@ -1,106 +1,131 @@
 """`lora-compose diagnose`: what a composition does to its modules, measured and told."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from compose.commands.arguments import Diagnose
-from compose.commands.given import Given, read, seed_of
+from compose.commands.given import read, seed_of
 from compose.controls import untrained
-from compose.diagnose import diagnose
-from compose.diagnose_report import FIGURE, FILE, as_json, draw, table, words
-from compose.expression import resolve
+from compose.diagnose import Routed, as_recipe, diagnose_recipe
+from compose.diagnose_figure import FIGURE, draw
+from compose.diagnose_report import FILE, as_json, tables
+from compose.diagnose_words import words
 from compose.inputs import located, named_folders
 from compose.library import Library
+from compose.recipe.check import notes
+from compose.recipe.command import is_recipe
+from compose.recipe.folders import folder_faults
+from compose.recipe.plan import plan
+from compose.recipe.problems import refuse
+from compose.recipe.read import parsed, with_inputs
+from compose.recipe.run import Inputs, evaluate, read_inputs
+from compose.recipe.value import Recipe
 from compose.routing.build import applied
 from compose.routing.statistics import routing_statistics
+from compose.summary import members
 from compose.syntax import names, refuse_unknown
 from lora_jax.bases import load_base
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, refuse_all
 from lora_jax.files import new_folder, refuse_existing, write_json
 from lora_jax.modules import IA3, Adapter, LoRA
+from lora_jax.progress import say
 from lora_jax.runtime import prepare
 from lora_jax.tokens import encode, load_tokenizer
 
 _ROWS, _LENGTH = 8, 128  # the batch that a routed result reads, at most
 
-Statistics = dict[str, dict[str, np.ndarray]]
-
 
 def run(command: Diagnose) -> None:
-    """Prints the table, the words and, of a routed result that reads a text, each layer's share."""
+    """Prints the tables and the words, and writes them with the figure if asked."""
     if command.out is not None:
         refuse_existing(command.out, command.overwrite)
-    folders = named_folders(command.inputs)
-    refuse_unknown(command.expression, folders)
-    used = names(command.expression)
-    prepare()
-    places = {name: located(folder) for name, folder in folders.items() if name in used}
-    found = read(places, command.base)
-    values, space = found.values, command.space
-    diagnosis = diagnose(command.expression, values, space=space, initial=_first(found))
-    statistics = {} if command.text is None else _routing(command, command.text, found)
+    of_file = is_recipe(command.expression, command.inputs)
+    recipe, inputs = _recipe(command) if of_file else _expression(command)
+    found = diagnose_recipe(recipe, inputs.values, initial=_first(inputs))
+    if command.text is not None:
+        found = replace(found, routing=_routing(recipe, inputs, command.text))
+    elif any(result.routed for result in found.results.values()):
+        say("note: routing entropy is measured on a text; add --text FILE")
     if command.out is not None:
         with new_folder(command.out, command.overwrite) as scratch:
-            write_json(scratch / FILE, as_json(diagnosis) | _as_json(statistics))
-            draw(diagnosis, scratch / FIGURE)
+            write_json(scratch / FILE, as_json(found))
+            draw(found, scratch / FIGURE)
     console = Console(highlight=False, markup=False)
-    console.print(table(diagnosis))
-    if statistics:
-        console.print(_by_layer(statistics))
-    for sentence in words(diagnosis):
-        console.print(sentence)
+    console.print(*tables(found), *words(found), sep="\n")
     if command.out is not None:
         print(command.out)
 
 
-def _first(found: Given) -> dict[str, Adapter]:
+def _expression(command: Diagnose) -> tuple[Recipe, Inputs]:
+    """An expression as a recipe of one step, and the inputs that it names."""
+    folders = named_folders(command.inputs)
+    refuse_unknown(command.expression, folders)
+    used = names(command.expression)
+    recipe = as_recipe(command.expression, folders, command.space)
+    prepare()
+    places = {name: located(folder) for name, folder in folders.items() if name in used}
+    found = read(places, command.base)
+    return recipe, Inputs(found.places, found.base, found.config, found.values)
+
+
+def _recipe(command: Diagnose) -> tuple[Recipe, Inputs]:
+    """A recipe that is in order, and the inputs that its outputs need.
+
+    Its outputs may exist: nothing is written to them.
+    """
+    said = {"space": command.space != "delta", "base": command.base is not None}
+    refuse_all(
+        [
+            f"--{n} goes with an expression; say {n}: in the recipe"
+            for n, is_said in said.items()
+            if is_said
+        ],
+        command.expression,
+    )
+    recipe, problems = parsed(Path(command.expression).expanduser())
+    recipe = with_inputs(recipe, named_folders(command.inputs))
+    refuse([*problems, *folder_faults(recipe, overwrite=True)], recipe.source)
+    for note in notes(recipe):
+        say(f"note: {note}")
+    prepare()
+    inputs = read_inputs(recipe)
+    plan(recipe, inputs.values)
+    return recipe, inputs
+
+
+def _first(inputs: Inputs) -> dict[str, Adapter]:
     """The modules whose records tell their seed, as they were before training."""
-    seeds = {name: seed_of(folder) for name, folder in found.folders.items()}
-    return {
-        name: untrained(adapter, seed)
-        for name, adapter in found.modules.items()
-        if (seed := seeds[name]) is not None
-        and all(isinstance(module, LoRA | IA3) for module in adapter.values())
-    }
+    found = {}
+    for name, value in inputs.values.items():
+        inner = value.names if isinstance(value, Library) else ("",)
+        for (label, adapter), member in zip(members(name, value), inner, strict=True):
+            seed = seed_of(inputs.folders[name] / member)
+            if seed is not None and all(isinstance(m, LoRA | IA3) for m in adapter.values()):
+                found[label] = untrained(adapter, seed)
+    return found
 
 
-def _routing(command: Diagnose, text: Path, found: Given) -> Statistics:
-    """How the result routes the first tokens of a text, by projection and layer."""
-    value = resolve(command.expression, found.values, space=command.space)
-    if not isinstance(value, Library) or value.routing is None:
+def _routing(recipe: Recipe, inputs: Inputs, text: Path) -> dict[str, Routed]:
+    """How every routed result routes the first tokens of a text."""
+    values = evaluate(recipe, inputs.values)
+    made = {name: values[name] for name in recipe.outputs.values()}
+    routed = {n: v for n, v in made.items() if isinstance(v, Library) and v.routing is not None}
+    if not routed:
         raise InputError("--text is for a routed result, such as arrow(...); this one routes none")
-    base = load_base(found.base)
+    base = load_base(inputs.base)
     ids = encode(load_tokenizer(base.folder), [text.read_text(encoding="utf-8")])[0]
     if not ids:
         raise InputError(f"{text} holds no text")
     length = min(_LENGTH, len(ids))
     rows = min(_ROWS, len(ids) // length)
     tokens = jnp.asarray(ids[: rows * length]).reshape(rows, length)
-    return routing_statistics(base.config, base.weights, applied(value), tokens)
-
-
-def _by_layer(statistics: Statistics) -> Table:
-    """A row for every layer: the mean over projections of tokens' entropy, and of its share.
-
-    The share is of the largest entropy that weights of so many modules can have.
-    """
-    shown = Table("layer", "routing entropy (nats)", "of its largest")
-    parts = ("entropy", "relative_entropy")
-    means = [np.mean([found[part] for found in statistics.values()], axis=0) for part in parts]
-    for layer, (entropy, share) in enumerate(zip(*means, strict=True)):
-        shown.add_row(str(layer), f"{entropy:.3f}", f"{share:.1%}")
-    return shown
-
-
-def _as_json(statistics: Statistics) -> dict[str, Any]:
-    """The routing as JSON values; nothing where there is none."""
-    plain = {
-        path: {name: np.asarray(values).tolist() for name, values in found.items()}
-        for path, found in statistics.items()
-    }
-    return {"routing": plain} if plain else {}
+    found = {}
+    for name, library in routed.items():
+        adapter = applied(library)
+        statistics = routing_statistics(base.config, base.weights, adapter, tokens)
+        assert library.routing is not None
+        found[name] = Routed(library.names, library.routing.top_k, statistics)
+    return found

@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 
 from compose import controls, diagnose_report
-from compose.diagnose import alignment, diagnose, effective_rank, initial_share
+from compose.arithmetic import subtract
+from compose.diagnose import (
+    alignment,
+    diagnose,
+    diagnose_recipe,
+    effective_rank,
+    initial_share,
+    prototype_cosines,
+    prototype_pairs,
+)
+from compose.diagnose_figure import draw
+from compose.diagnose_words import words
 from compose.library import Library
+from compose.recipe import Expression, Method, Recipe
 from lora_jax.errors import InputError
 from lora_jax.modules import init_lora
 
@@ -30,7 +42,7 @@ def test_norms_cosines_and_gaps_are_those_of_the_dense_deltas(lora, dense):
     result, alone = flat(dense, summed), a + flat(dense, halves[1])
     exact = a - 0.5 * b
     size = np.linalg.norm
-    assert found.results == ("result",)
+    assert found.modules["result"] == ("result",) and found.results["result"].inputs == ("x", "y")
     np.testing.assert_allclose(
         list(found.norms.values()), [size(a), size(b), size(result)], rtol=1e-5
     )
@@ -69,7 +81,7 @@ def test_subtraction_of_a_module_of_one_seed_takes_its_first_draw_away():
     initial = {name: controls.untrained(module, 5) for name, module in inputs.items()}
     found = diagnose("gks(task, general)", inputs, space="factor", initial=initial)
     assert found.initial["task"] > 0.9 and found.initial["result"] < 0.3
-    told = " ".join(diagnose_report.words(found))
+    told = " ".join(words(found))
     assert "first draw" in told and "compare with untrained()" in told and "cross terms" in told
     assert initial_share(inputs["task"], {}) == 0
 
@@ -77,21 +89,49 @@ def test_subtraction_of_a_module_of_one_seed_takes_its_first_draw_away():
 def test_libraries_are_measured_member_by_member(lora):
     library = Library(("m", "n"), (lora(0), lora(1)))
     found = diagnose("gks(lib, g)", {"lib": library, "g": lora(2)}, space="delta")
-    assert found.results == ("result.m", "result.n") and set(found.prototypes) == {"lib", "result"}
-    assert set(found.norms) == {"lib.m", "lib.n", "g", *found.results}
+    assert found.modules["result"] == ("result.m", "result.n")
+    assert set(found.norms) == {"lib.m", "lib.n", "g", "result.m", "result.n"}
     units = [np.linalg.svd(m[Q].a @ m[Q].b)[0][..., 0] for m in library.adapters]
     only = Library(library.names, tuple({Q: m[Q]} for m in library.adapters))
     wanted = np.abs(np.sum(units[0] * units[1], axis=-1)).mean()
     assert alignment(only) == pytest.approx(wanted, rel=1e-4)
-    assert "prototypes have a mean cosine" in " ".join(diagnose_report.words(found))
+    assert "The prototypes of lib's modules have a mean cosine" in " ".join(words(found))
+
+
+def test_prototypes_are_compared_pair_by_pair_before_and_after(lora):
+    inputs = {"x": lora(0), "y": lora(1), "g": lora(2)}
+    found = diagnose("arrow(gks(x, g), gks(y, g), top_k=2)", inputs)
+    made = [subtract(inputs[name], inputs["g"], space="delta") for name in "xy"]
+    (pair,) = prototype_pairs(found)["result"]
+    assert pair.before == pytest.approx(prototype_cosines([inputs["x"], inputs["y"]])[0, 1])
+    assert pair.after == pytest.approx(prototype_cosines(made)[0, 1], rel=1e-4)
+    assert abs(pair.after - pair.before) > 0.01
+    assert f"{pair.after:.2f}, against {pair.before:.2f} before" in " ".join(words(found))
+
+
+def test_a_recipe_is_diagnosed_as_its_expressions_are(lora):
+    inputs = {"x": lora(0), "y": lora(1), "z": lora(2)}
+    weights = (1, {"q_proj": 0.5, "*": 2})
+    steps = {"both": Method("linear", ("x", "y"), weights), "less": Expression("both - 0.5*z")}
+    recipe = Recipe(dict.fromkeys(inputs, ""), steps, {"one": "both", "two": "less"})
+    found = diagnose_recipe(recipe, inputs)
+    assert found.results["both"].inputs == ("x", "y")
+    assert found.results["less"].inputs == ("x", "y", "z")
+    for path in inputs["y"]:
+        share = 0.5 if path.endswith("q_proj") else 2.0
+        inputs["y"][path] = inputs["y"][path].replace(b=share * inputs["y"][path].b)
+    want = diagnose("x + y - 0.5*z", inputs)
+    assert found.norms["less"] == pytest.approx(want.norms["result"], rel=1e-5)
+    assert found.gap["less"] > 0 and found.interaction["less"] < 1e-5
+    assert any(told.startswith("less is both - 0.5*z, in delta space") for told in words(found))
 
 
 def test_it_is_a_table_json_and_a_figure(lora, tmp_path):
     found = diagnose("x + y", {"x": lora(0), "y": lora(1)})
-    assert diagnose_report.table(found).row_count == 3
+    assert diagnose_report.modules(found).row_count == 3
     read = json.loads(json.dumps(diagnose_report.as_json(found)))
     assert read["norms"]["x"] == found.norms["x"] and read["words"]
-    diagnose_report.draw(found, tmp_path / "d.png")
+    draw(found, tmp_path / "d.png")
     assert (tmp_path / "d.png").stat().st_size > 1000
 
 

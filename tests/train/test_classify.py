@@ -250,6 +250,7 @@ for name, mesh in dict(one=(1, 1, 1), mixed=(2, 2, 2)).items():
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(run_on_devices, letters, classifier_folder, tmp_path):
     code = MESHES.format(data=letters, base=str(classifier_folder), out=str(tmp_path))
     one, mixed = (json.loads(line) for line in run_on_devices(code).splitlines())

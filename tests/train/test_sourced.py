@@ -184,6 +184,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, base, monkeyp
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_what_one_device_does(t5_config_of, base, run_on_devices):
     one = t5_config_of(steps=2, learning_rate=1e-2, validation=0.0, checkpoint_every=0)
     train(one, base)

@@ -22,12 +22,15 @@ def test_a_composition_is_measured_and_told(command, folders, tmp_path, config, 
     command("diagnose", "x - y", *two(folders), unused, "--space", "factor", "--out", out)
     said = capsys.readouterr().out
     found = json.loads((out / "diagnosis.json").read_text())
-    assert found["norms"].keys() == {"x", "y", "result"} and found["space"] == "factor"
+    assert (
+        found["norms"].keys() == {"x", "y", "result"}
+        and found["results"]["result"]["space"] == "factor"
+    )
     assert found["interaction"]["result"] > 0.1 and "cross terms" in said
     x = load_input(folders / "x", config)
     want = initial_share(x, untrained(x, 0))
     assert abs(found["initial"]["x"] - want) < 1e-6 < want and found["initial"]["y"] > 0.9
-    assert (out / "diagnosis.png").exists() and "routing" not in found
+    assert (out / "diagnosis.png").exists() and found["routing"] == {}
     assert said.splitlines()[-1] == str(out)
 
 
@@ -44,7 +47,9 @@ def test_a_routed_result_reads_a_text(
     text.write_text("one and two and three. " * 20)
     expression, out = "arrow(x, y, top_k=2)", tmp_path / "out"
     command("diagnose", expression, *two(folders), "--text", text, "--out", out)
-    found = json.loads((out / "diagnosis.json").read_text())["routing"][Q]
+    found = json.loads((out / "diagnosis.json").read_text())["routing"]["result"]
+    assert found["modules"] == ["x", "y"] and found["top_k"] == 2
+    found = found["projections"][Q]
     inputs = {name: load_input(folders / name, config) for name in ("x", "y")}
     ids = encode(load_tokenizer(base_folder), [text.read_text()])[0]
     tokens = np.array(ids[: len(ids) // 128 * 128]).reshape(-1, 128)[:8]
@@ -54,6 +59,29 @@ def test_a_routed_result_reads_a_text(
     said = capsys.readouterr().out
     for entropy in want["entropy"]:
         assert f"{entropy:.3f}" in said
+    told = "".join(said.split())
+    assert (
+        "Theweightsofatokeninresulthaveameanentropyof" in told and "ofthemostthattherecanbe" in told
+    )
+
+
+def test_a_recipe_is_measured_and_its_outputs_are_left_alone(
+    command, refused, folders, tmp_path, base_folder
+):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "measured"
+    text = (
+        f"base: {base_folder}\ninputs: {{x: {folders / 'x'}, y: {folders / 'y'}}}\n"
+        "steps:\n  both: {linear: [x, y], weights: [1, [0, 1]]}\n"
+        f"outputs: {{{tmp_path}/o: both}}\n"
+    )
+    recipe.write_text(text)
+    command("diagnose", recipe, "--out", out)
+    found = json.loads((out / "diagnosis.json").read_text())
+    assert found["norms"].keys() == {"x", "y", "both"} and not (tmp_path / "o").exists()
+    assert found["results"]["both"]["made_by"] == "linear of x (1), y (0 to 1)"
+    recipe.write_text(text.replace("linear", "linaer"))
+    assert "line 4, column 10: steps.both.linaer: unknown method" in refused("diagnose", recipe)
+    assert "say space: in the recipe" in refused("diagnose", recipe, "--space", "factor")
 
 
 def test_a_text_wants_something_that_routes_and_words(refused, folders, tmp_path):

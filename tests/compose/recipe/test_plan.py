@@ -111,8 +111,11 @@ def test_every_method_can_be_planned(lora, name):
     count = METHODS[name].most or 2
     given = {n: 0.5 for n, option in options(name, {}).items() if option.default is option.empty}
     space = "delta"
+    inputs = {n: lora(seed) for seed, n in enumerate("abc")}
     if name == "fisher":
         given, space = {"fishers": tuple("bc")}, "factor"
+    if name == "member":
+        given, inputs["a"] = {"name": "two"}, Library(("one", "two"), (lora(0), lora(1)))
     step = Method(name, tuple("abc"[:count]), space=space, options=given)
     recipe = Recipe(dict.fromkeys("abc", ""), {"x": step}, {"o": "x"})
-    assert jax.tree.leaves(plan(recipe, {n: lora(seed) for seed, n in enumerate("abc")})["x"])
+    assert jax.tree.leaves(plan(recipe, inputs)["x"])
