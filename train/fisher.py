@@ -56,7 +56,8 @@ def estimate(run: Run, state: State, progress: Progress, task: TaskID) -> State:
     It is the mean over all of the run's examples, each one's loss being the sum over its labels.
     A loss that is not finite stops the run.
     """
-    total, flying = _nothing(state.adapter), deque()
+    placed = jax.tree.map(lambda x: x.sharding, state.adapter)
+    total, flying = jax.device_put(_nothing(state.adapter), placed), deque()
     batches = epoch_batches(run.plan, run.config.seed, 0)
     for number, rows in enumerate(batches, start=1):
         batch = put_batch(assemble(run.plan, rows), run.mesh, axis=1)

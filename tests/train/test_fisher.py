@@ -81,6 +81,29 @@ def test_a_run_writes_every_rows_squared_gradient(config_of, base, module):
     assert len(losses) == plan.steps and np.isfinite(losses).all()
 
 
+MESHES = """
+from pathlib import Path
+from train.config import Config
+from train.run import train
+
+for name, sizes in dict(one=(1, 1, 1), many=(2, 2, 2)).items():
+    mesh = dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), sizes))
+    settings = dict(data=({data!r},), base={base!r}, length=64, limit=9, batch=4, fisher=True)
+    train(Config(out=Path({out!r}) / name, start_from={module!r}, **settings, **mesh))
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_measure_what_one_does(
+    run_on_devices, sums, base_folder, base, module, tmp_path
+):
+    places = {"data": sums, "base": str(base_folder), "out": str(tmp_path), "module": str(module)}
+    run_on_devices(MESHES.format(**places))
+    one, many = (peft.load_adapter(tmp_path / name, base.config) for name in ("one", "many"))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-4 * np.max(x))
+
+
 def test_what_cannot_be_measured_is_refused(config_of, base, module, tmp_path):
     with pytest.raises(InputError, match="--fisher measures an adapter; give it by --start-from"):
         checked(config_of(fisher=True))
