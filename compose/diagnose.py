@@ -24,7 +24,14 @@ from compose.library import Library
 from compose.lowrank import svd
 from compose.recipe.problems import Source
 from compose.recipe.run import evaluate
-from compose.recipe.value import Expression, Recipe, described, needed, refuse_missing
+from compose.recipe.value import (
+    Expression,
+    Recipe,
+    described,
+    needed,
+    refuse_missing,
+    weighing,
+)
 from compose.routing.directions import prototypes
 from compose.summary import members
 from compose.syntax import names, refuse_unknown
@@ -117,6 +124,7 @@ def diagnose_recipe(
     refuse_missing(recipe, inputs)
     inputs = {name: inputs[name] for name in recipe.inputs if name in needed(recipe)}
     shares, values = dict(initial or {}), evaluate(recipe, inputs)
+    weights = {name: inputs.pop(name) for name in weighing(recipe) if name in inputs}
     values = {step: values[step] for step in recipe.outputs.values()}
     rows = {name: members(name, value) for name, value in (inputs | values).items()}
     every = [row for named in rows.values() for row in named]
@@ -127,11 +135,11 @@ def diagnose_recipe(
     for step, result in results.items():
         part = replace(recipe, outputs={step: step})
         behind = {name: inputs[name] for name in result.inputs}
-        alone = artefacts.alone(part, step, behind)
+        alone = artefacts.alone(part, step, behind, weights)
         drawn = [shares[n] for name in behind for n, _ in rows[name] if n in shares]
         origins |= artefacts.origins(rows[step], alone, {name: rows[name] for name in behind})
         interaction |= artefacts.interaction(rows[step], alone)
-        gap |= artefacts.gap(part, step, behind, rows[step])
+        gap |= artefacts.gap(part, step, behind | weights, rows[step])
         if drawn:
             first |= {n: max(initial_share(a, d) for d in drawn) for n, a in rows[step]}
     adapters = [adapter for _, adapter in every]
@@ -162,7 +170,7 @@ def _result(recipe: Recipe, step: str, value: Value) -> Result:
     return Result(
         described(recipe.steps[step]),
         artefacts.space_of(recipe, step),
-        tuple(name for name in recipe.inputs if name in behind),
+        tuple(name for name in recipe.inputs if name in behind - weighing(recipe)),
         isinstance(value, Library) and value.routing is not None,
     )
 

@@ -26,11 +26,17 @@ def space_of(recipe: Recipe, step: str) -> Space:
     return "factor" if "factor" in spaces else "delta"
 
 
-def alone(recipe: Recipe, step: str, inputs: Inputs) -> dict[str, list[Named]]:
-    """What a step makes of each input with the others silent; nothing if it refuses zeros."""
+def alone(recipe: Recipe, step: str, inputs: Inputs, weights: Inputs) -> dict[str, list[Named]]:
+    """What a step makes of each input with the others silent; nothing if it refuses zeros.
+
+    `weights` are inputs that weigh the others, as Fisher information does: they stay as they are.
+    """
     silent = {name: jax.tree.map(jnp.zeros_like, value) for name, value in inputs.items()}
     try:
-        made = {n: evaluate(recipe, silent | {n: value})[step] for n, value in inputs.items()}
+        made = {
+            name: evaluate(recipe, {**weights, **silent, name: value})[step]
+            for name, value in inputs.items()
+        }
     except InputError:
         return {}
     return {name: members(step, value) for name, value in made.items()}

@@ -61,12 +61,12 @@ def _shares(axes: Any, found: Diagnosis) -> None:
         rows = [(y, values[name]) for y, name in enumerate(found.norms) if name in values]
         places = [y + 0.4 * n - 0.2 for y, _ in rows]
         bars = axes.barh(places, [v for _, v in rows], 0.4, color=colour, label=label)
-        axes.bar_label(bars, fmt="{:.0%}", padding=3)
+        axes.bar_label(bars, [f"{v:.0%}" if v >= 0.005 else "" for _, v in rows], padding=3)
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.margins(x=0.15)
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.set(title="shares")
-    axes.legend(loc="best", fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2, fontsize="small")
 
 
 def _map(axes: Any, found: Diagnosis, values: np.ndarray, title: str, lowest: float) -> None:
@@ -106,5 +106,5 @@ def _routing(axes: Any, found: Diagnosis) -> None:
         axes.axhline(np.log(bound), color="black", linewidth=0.8, linestyle=":")
         axes.annotate(f"log {bound}", (0, np.log(bound)), va="bottom", fontsize="small")
     axes.set(title="entropy of routing", xlabel="layer", ylabel="nats")
-    axes.set_ylim(bottom=-0.02 * np.log(max(bounds)))
+    axes.set_ylim(-0.02 * np.log(max(bounds)), 1.08 * np.log(max(bounds)))
     axes.legend(loc="best", fontsize="small")

@@ -93,7 +93,7 @@ def _first_draws(found: Diagnosis, name: str) -> list[str]:
         return []
     was, is_now = float(np.mean(before)), float(np.mean(after))
     text = f"Of the inputs' a's {was:.0%} is their first draw; of {name}'s {is_now:.0%}."
-    if was - is_now > 0.2:
+    if was - is_now > 0.2 and found.results[name].space == "factor":
         text += " Taking that away is not taking knowledge away: compare with untrained()."
     return [text]
 

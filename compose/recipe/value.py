@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from compose.arithmetic import Space
 from compose.recipe.problems import Source
-from compose.syntax import names
+from compose.syntax import names, parse
 from compose.weights import Weight
 from lora_jax.errors import InputError
 
@@ -59,6 +59,24 @@ def used(step: Step) -> list[str]:
     if isinstance(step, Expression):
         return sorted(names(step.text))
     return list(dict.fromkeys([*step.members, *step.options.get(FISHERS, ())]))
+
+
+def weighing(recipe: Recipe) -> set[str]:
+    """The inputs that are Fisher information alone: what methods weigh by, and no modules."""
+    weigh, merged = set(), set()
+    for step in recipe.steps.values():
+        inside = set(step.options.get(FISHERS, ())) if isinstance(step, Method) else set()
+        if isinstance(step, Expression):
+            inside = _fishers_of(step.text)
+        weigh |= inside
+        merged |= set(used(step)) - inside
+    return (weigh - merged) & recipe.inputs.keys()
+
+
+def _fishers_of(text: str) -> set[str]:
+    """The names in an expression's fishers=[...]."""
+    found = [node for node in parse(text).find_data("keyword") if node.children[0] == FISHERS]
+    return {str(part.children[0]) for node in found for part in node.find_data("name")}
 
 
 def needed(recipe: Recipe, outputs: Iterable[str] | None = None) -> set[str]:

@@ -126,6 +126,13 @@ def test_a_recipe_is_diagnosed_as_its_expressions_are(lora):
     assert any(told.startswith("less is both - 0.5*z, in delta space") for told in words(found))
 
 
+def test_fisher_information_is_no_module(lora):
+    inputs = {"x": lora(0), "y": lora(1)}
+    squares = {f"f{n}": jax.tree.map(jnp.square, module) for n, module in inputs.items()}
+    found = diagnose("fisher(x, y, fishers=[fx, fy])", inputs | squares, space="factor")
+    assert set(found.norms) == {"x", "y", "result"} and found.interaction["result"] > 0
+
+
 def test_it_is_a_table_json_and_a_figure(lora, tmp_path):
     found = diagnose("x + y", {"x": lora(0), "y": lora(1)})
     assert diagnose_report.modules(found).row_count == 3
