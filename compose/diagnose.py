@@ -48,7 +48,7 @@ class Result:
     """One of the things that a composition makes: how, and of what."""
 
     made_by: str
-    space: Space  # factor, if any step behind it is in factor space
+    space: str  # of the steps behind it: "delta", "factor" or "delta and factor"
     inputs: tuple[str, ...]  # that it rests on
     routed: bool
 

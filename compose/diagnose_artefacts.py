@@ -19,11 +19,11 @@ from lora_jax.errors import InputError
 Inputs = Mapping[str, Value]
 
 
-def space_of(recipe: Recipe, step: str) -> Space:
-    """The space of the steps behind a step: factor, if any of them is in factor space."""
+def space_of(recipe: Recipe, step: str) -> str:
+    """The space of the steps behind a step: "delta", "factor" or "delta and factor"."""
     behind = needed(recipe, [step])
-    spaces = [s.space or recipe.space for name, s in recipe.steps.items() if name in behind]
-    return "factor" if "factor" in spaces else "delta"
+    spaces = {s.space or recipe.space for name, s in recipe.steps.items() if name in behind}
+    return " and ".join(sorted(spaces))
 
 
 def alone(recipe: Recipe, step: str, inputs: Inputs, weights: Inputs) -> dict[str, list[Named]]:

@@ -74,14 +74,18 @@ def _artefacts(found: Diagnosis, name: str) -> list[str]:
     if gaps and max(gaps) > 0.01:
         other = "factor" if space == "delta" else "delta"
         told.append(
-            f"In {other} space {subject} would differ by {_range(gaps)} of the exact one's size."
+            f"Wholly in {other} space {subject} would differ by {_range(gaps)} of the exact one's "
+            f"size."
         )
     return told
 
 
 def _why(space: str) -> str:
+    cross = "cross terms, each module's a with another's b, which delta space does not have"
     if space == "factor":
-        return "cross terms, each module's a with another's b, which delta space does not have"
+        return cross
+    if space != "delta":
+        return f"of steps in factor space {cross}; of others what methods make of all modules"
     return "the method weighs modules against each other, entry by entry or direction by direction"
 
 
@@ -93,7 +97,7 @@ def _first_draws(found: Diagnosis, name: str) -> list[str]:
         return []
     was, is_now = float(np.mean(before)), float(np.mean(after))
     text = f"Of the inputs' a's {was:.0%} is their first draw; of {name}'s {is_now:.0%}."
-    if was - is_now > 0.2 and found.results[name].space == "factor":
+    if was - is_now > 0.2 and "factor" in found.results[name].space:
         text += " Taking that away is not taking knowledge away: compare with untrained()."
     return [text]
 

@@ -104,8 +104,8 @@ RULES: list[Rule] = [
     ),
     (
         lambda s: s.fit and s.times >= UNEQUAL,
-        "{s.largest} is {s.times:.1f} times as large as the smallest: a sum is mostly it, and "
-        "`ties` elects mostly its signs. Give weights, or rescaled(x, y).",
+        "{s.largest} is {s.times:.1f} times as large as {s.smallest}, which hardly counts beside "
+        "it in a sum, nor where `ties` elects signs. Give weights, or rescaled(x, y).",
     ),
     (
         lambda s: s.lora and len(set(s.facts.ranks)) > 1,

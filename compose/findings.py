@@ -73,6 +73,11 @@ class Findings:
         return max(sizes) / min(sizes) if min(sizes) else np.inf
 
     @property
+    def smallest(self) -> str:
+        """The name of the smallest module."""
+        return self.facts.names[int(np.argmin(self.facts.norms or (0.0,)))]
+
+    @property
     def largest(self) -> str:
         """The name of the largest module."""
         return self.facts.names[int(np.argmax(self.facts.norms or (0.0,)))]

@@ -77,7 +77,8 @@ def information(given: Sequence[Adapter | Library], space: Space) -> list[Adapte
     """Fisher information as `lora-train --fisher` writes it: of every factor, for factor space."""
     parts = [value.adapters if isinstance(value, Library) else (value,) for value in given]
     adapters = [adapter for part in parts for adapter in part]
-    for path, module in (item for adapter in adapters for item in adapter.items()):
+    every = [(n, *item) for n, adapter in enumerate(adapters) for item in adapter.items()]
+    for number, path, module in every:
         if isinstance(module, LoRA) and space != "factor":
             raise InputError(
                 f"{path}: Fisher information of factors weighs factors; add --space factor, or "
@@ -85,7 +86,10 @@ def information(given: Sequence[Adapter | Library], space: Space) -> list[Adapte
             )
         leaves = [x for x in jax.tree.leaves(module) if not isinstance(x, jax.core.Tracer)]
         if any(bool(jnp.any(x < 0)) for x in leaves):
-            raise InputError(f"{path}: negative entries; this is a module, not Fisher information")
+            raise InputError(
+                f"fishers[{number}] has negative entries at {path}: it is a module, not Fisher "
+                f"information; measure that by lora-train --fisher --start-from MODULE"
+            )
     return adapters
 
 

@@ -47,6 +47,9 @@ def refuse_unfit(
         raise InputError(f"a weight is {endless[0]}; weights are finite numbers")
     if rank is not None and rank < 1:
         raise InputError(f"rank must be at least 1; got {rank}")
+    held = [module for adapter in adapters for module in adapter.values()]
+    if rank is not None and held and all(isinstance(module, IA3) for module in held):
+        raise InputError("IA3 has no rank to bring down: drop the rank")
     _refuse_space(method, space, rank)
     table = by_projection(adapters)
     refuse_lost(weights, table)
@@ -105,7 +108,7 @@ def _refuse_space(method: str, space: str, rank: int | None) -> None:
 
 def _misfits(table: Mapping[str, list[Module | None]], method: str) -> Iterable[str]:
     """What a method cannot merge, by projection."""
-    ia3 = ", ".join(dict.fromkeys([*SUMS, *VECTOR]))
+    unfit = []
     for path, modules in table.items():
         for module in (m for m in modules if m is not None):
             refuse_sum(path, module)
@@ -113,8 +116,11 @@ def _misfits(table: Mapping[str, list[Module | None]], method: str) -> Iterable[
                 yield f"{path} is kept whole, and only weighted sums ({', '.join(SUMS)}) merge that"
                 break
             if isinstance(module, IA3) and method not in (*SUMS, *VECTOR):
-                yield f"{path} holds IA3, which {method} has no form for; these have: {ia3}"
+                unfit.append(path)
                 break
+    if unfit:
+        have = ", ".join(dict.fromkeys([*SUMS, *VECTOR]))
+        yield f"{', '.join(unfit)}: IA3, which {method} has no form for; these have: {have}"
 
 
 def _refuse_fishers(adapters: Sequence[Adapter], fishers: Sequence[Adapter]) -> None:

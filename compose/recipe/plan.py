@@ -30,7 +30,7 @@ def plan(recipe: Recipe, inputs: Mapping[str, Value]) -> dict[str, Value]:
         try:
             values[name] = jax.eval_shape(partial(_value, step, recipe), parts)
         except InputError as error:
-            problems.append(_problem(recipe, name, step, error))
+            problems.append(step_problem(recipe, name, step, error))
     for folder, name in recipe.outputs.items():
         try:
             _refuse_unsaved(values.get(name))
@@ -52,7 +52,7 @@ def _value(step: Step, recipe: Recipe, parts: Mapping[str, Value]) -> Value:
     return made(step, parts, recipe.space)[0]
 
 
-def _problem(recipe: Recipe, name: str, step: Step, error: InputError) -> Problem:
+def step_problem(recipe: Recipe, name: str, step: Step, error: InputError) -> Problem:
     """A step's error at its place in the file."""
     key = ("steps", name)
     if isinstance(error, ExpressionError) and isinstance(step, Expression):

@@ -14,7 +14,7 @@ from compose.inputs import base_and_config, load_input, located
 from compose.library import Library
 from compose.recipe import lineage
 from compose.recipe.check import check
-from compose.recipe.plan import plan
+from compose.recipe.plan import plan, step_problem
 from compose.recipe.problems import Problem, problem, refuse
 from compose.recipe.steps import made
 from compose.recipe.value import Recipe, needed, refuse_missing, used
@@ -69,7 +69,11 @@ def _steps(
     for name, step in recipe.steps.items():
         if name in wanted:
             parts = {part: values[part] for part in used(step)}
-            values[name], errors = made(step, parts, recipe.space)
+            try:
+                values[name], errors = made(step, parts, recipe.space)
+            except InputError as error:
+                refuse([step_problem(recipe, name, step, error)], recipe.source)
+                raise
             yield name, values[name], errors
 
 

@@ -103,6 +103,11 @@ def _options(recipe: Recipe, key: Key, step: Method) -> Iterator[Problem]:
         elif name == FISHERS:
             yield from _used(recipe, str(key[1]), (*key, name), value)
         elif wanted := misfit(known[name], value):
+            if isinstance(value, dict) and list(value.values()) == [None]:
+                name_of = next(iter(value))
+                told = f"{{{name_of}}} is left open; lora-eval --sweep {name_of}=0:1:11 fills it in"
+                yield problem(recipe.source, (*key, name), told)
+                continue
             quoted = "; leave its quotes out" * (isinstance(value, str) and _is_number(value))
             yield problem(recipe.source, (*key, name), f"{wanted} is wanted; got {value!r}{quoted}")
         elif told := unknown_inner(value) if name == "inner" else fault(name, value):

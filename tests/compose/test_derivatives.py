@@ -12,7 +12,6 @@ from compose.merging.methods import METHODS
 from compose.merging.svc import calibrated
 
 UP = "mlp.up_proj"
-FORWARD_ONLY = ("wudi_adam",)  # its loop has no way back
 OPTIONS = {"dare_ties": {"density": 0.5}, "della": {"density": 0.5}}
 FUNCTIONS = {
     "calibrated": lambda x, y: calibrated(x, [x, y]),
@@ -66,8 +65,6 @@ def test_a_whole_merge_is_traced_and_differentiated_in_its_weights(lora, method)
         return total(merge(adapters, method, weights=[weight, 1.0], rank=4, **options)[0])
 
     value = merged(0.7)
-    if method in FORWARD_ONLY:
-        return np.testing.assert_allclose(jax.jit(merged)(0.7), value, rtol=1e-4)
     found, slope = jax.jit(jax.value_and_grad(merged))(0.7)
     np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-3)
     assert np.isfinite(slope)

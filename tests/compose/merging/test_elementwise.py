@@ -300,8 +300,6 @@ def test_it_jits_vmaps_and_differentiates_in_weights_and_modules(members, name):
 
     times = np.linspace(-2e-3, 2e-3, 17)
     sizes = np.asarray(jax.jit(jax.vmap(size))(jnp.array(times, jnp.float32)), np.float64)
-    if name == "wudi_adam":  # its loop has no way back
-        return np.testing.assert_allclose(jax.jit(size)(0.0), sizes[8], rtol=1e-4)
     found, slope = jax.jit(jax.value_and_grad(size))(0.0)
     np.testing.assert_allclose(found, sizes[8], rtol=1e-4, atol=1e-4)
     wanted = np.median(np.diff(sizes) / np.diff(times))  # a jump spoils few of the steps

@@ -246,6 +246,7 @@ ONE = {UP: LoRA(jnp.ones((2, 5, 1)), jnp.ones((2, 1, 9)))}
         ([ONE], "dare_linear", {"density": "a"}, "density is a number; got 'a'"),
         ([ONE], "fisher", {}, "fisher needs fishers, which lora-train --fisher measures"),
         ([ONE], "knots", {"inner": "fisher"}, "fisher knows entries, not coordinates; choose as"),
+        ([{UP: IA3(jnp.ones((2, 9)))}], "svd", {"rank": 1}, "IA3 has no rank to bring down"),
         ([ONE], "svc", {"alpha": 0.0}, "alpha must be above 0; got 0"),
         ([ONE], "iso_cts", {"common": jnp.ones(())}, "common decides what is compiled: give a"),
         ([ONE], "tsv", {"keep": jnp.ones((), int)}, "keep decides what is compiled"),

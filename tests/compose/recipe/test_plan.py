@@ -65,6 +65,10 @@ def test_fisher_information_comes_from_inputs_and_steps(modules):
     found = evaluate(recipe, inputs)["x"]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, wanted)
     assert plan(recipe, inputs).keys() == {"all", "x"}
+    with pytest.raises(
+        InputError, match=r"steps\.x: fishers\[0\] has negative .* --fisher --start"
+    ):
+        evaluate(recipe, inputs | {"f": modules["code"]})
     assert parsed_text(recipe_text(recipe), "again")[0].steps == steps
 
 

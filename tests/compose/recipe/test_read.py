@@ -80,6 +80,11 @@ outputs: {out/both: both, out/all: mean, r: routed, s: small}
             (3, 27),
             "a number is wanted; got 'lots'",
         ),
+        (
+            HEAD + "  x: {ties: [a], density: {x}}" + TAIL,
+            (3, 27),
+            "left open; lora-eval --sweep x",
+        ),
         (HEAD + "  x: {ties: [a], density: '0.5'}" + TAIL, (3, 27), "'0.5'; leave its quotes out"),
         (HEAD + "  x: {ties: [a], density: '{x}'}" + TAIL, (3, 27), "leave its quotes out"),
         (HEAD + "  x: {ties: [a], density: 2}" + TAIL, (3, 27), "at most 1; got 2"),
